@@ -1,0 +1,5 @@
+"""`python -m llmbuilder` is `llmbuilder`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,18 @@
+"""Errors for people: what is wrong, where, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LLMBuilderError(Exception):
+    """Bad input or an impossible request. The command line prints its text as one line and exits with 1."""
+
+
+class ConfigError(LLMBuilderError, ValueError):
+    """A setting that is unknown, malformed or contradicts another. The command line exits with 2 for unknown names."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name most like ``name``, or nothing when none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
