@@ -12,14 +12,14 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.inc' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python benchmarks/run.py
 
 # One environment for all of them. Installed, not linked: what is tested is what a user gets.
 $(VENV)/.torch:
