@@ -9,7 +9,11 @@ class LLMBuilderError(Exception):
 
 
 class ConfigError(LLMBuilderError, ValueError):
-    """A setting that is unknown, malformed or contradicts another. The command line exits with 2 for unknown names."""
+    """A setting that is unknown, malformed or contradicts another."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that no setting has, or none yet. The command line exits with 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

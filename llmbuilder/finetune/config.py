@@ -1,0 +1,394 @@
+"""Every setting of a fine-tuning run, one row each.
+
+The rows make the validation, the flags of `llmbuilder finetune model`, docs/settings.md and the refusals of what is not
+available yet. A setting has one name in Python, in YAML and (with dashes) on the command line.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import ConfigError, UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    from ..nn import LoRAConfig
+
+Targets = list[str] | str
+
+
+def _row(
+    default: Any, effect: str, observable: str, *, flag: str = "", changes_weights: bool = True, **limits: Any
+) -> Any:
+    """One setting: its default, what it does, by what a test sees it, its flag where that is not its name, its limits.
+
+    ``changes_weights=False`` marks what a resumed run may change.
+    """
+    extra: dict[str, Any] = {"observable": observable, "flag": flag, "changes_weights": changes_weights}
+    return Field(default, description=effect, json_schema_extra=extra, **limits)
+
+
+class FineTuningConfig(BaseModel):
+    """One validated, immutable set of settings; docs/settings.md lists them all.
+
+    Raises ConfigError (a ValueError) that names the setting, what is wrong with it and what to do; for a name that does
+    not exist, UnknownNameError with the nearest one. After validation ``use_lora`` is a bool and the ``lora_*``
+    settings hold what was given in any spelling.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # Training
+    num_epochs: int = _row(5, "passes over the training data", "epochs in metrics.jsonl", flag="epochs", ge=1)
+    max_steps: int | None = _row(
+        None, "stop after this many optimizer steps, whatever `num_epochs` says", "steps", ge=1
+    )
+    learning_rate: float = _row(5e-5, "peak learning rate", "lr in metrics.jsonl", flag="lr", gt=0)
+    batch_size: int = _row(8, "examples in one forward pass", "batch shapes", ge=1)
+    gradient_accumulation_steps: int = _row(
+        1,
+        "batches in one optimizer step; the loss is the mean over all their targets",
+        "gradients equal one big batch",
+        ge=1,
+    )
+    seed: int = _row(
+        0, "seeds every random choice: order, dropout, adapter start, split", "bits of the weights", ge=0, lt=2**63
+    )
+
+    # What trains
+    use_lora: bool = _row(
+        None, "train low-rank adapters instead of the weights; true when any LoRA setting is given", "trainable names"
+    )
+    freeze_embeddings: bool = _row(
+        False, "the embeddings (and a head tied to them) do not train", "bits of the weights"
+    )
+    freeze_layers: int = _row(0, "the lowest n blocks do not train and get no adapter", "bits of the weights", ge=0)
+    lora_rank: int | None = _row(None, "rank of the adapters (16 unless given)", "shapes of A and B", ge=1)
+    lora_alpha: float | None = _row(None, "adapters are scaled by alpha / rank (2 * rank unless given)", "scale", gt=0)
+    lora_dropout: float | None = _row(
+        None, "dropout on the adapters' input (`dropout_rate` unless given)", "outputs in training", ge=0, lt=1
+    )
+    lora_target_modules: Targets | None = _row(
+        None,
+        "layers that get adapters: names, `attention`, `mlp`, `embeddings`, or `all` (every linear layer but the head)",
+        "trainable names",
+    )
+    target_modules: Targets | None = _row(None, "another name of `lora_target_modules`", "trainable names")
+    lora_config: Any = _row(
+        None,
+        "a LoRAConfig, or a mapping of its fields (bias, modules_to_save, use_rslora …); its rank, alpha, dropout and "
+        "target_modules are the settings above",
+        "trainable names",
+    )
+
+    # Regularization
+    weight_decay: float = _row(0.01, "decoupled weight decay, not on norms and biases", "parameter groups", ge=0)
+    dropout_rate: float | None = _row(
+        None,
+        "with LoRA the adapters' dropout, unless that is given; else p of every dropout that the model has",
+        "outputs in training",
+        ge=0,
+        lt=1,
+    )
+
+    # Optimization
+    optimizer: Literal["adamw", "sgd"] = _row("adamw", "the optimizer", "weights after a step equal torch's")
+    scheduler: Literal["cosine", "linear", "constant"] = _row(
+        "cosine", "course of the learning rate after warm-up", "lr in metrics.jsonl"
+    )
+    warmup_steps: int | None = _row(None, "optimizer steps of linear warm-up", "lr in metrics.jsonl", ge=0)
+    warmup_ratio: float | None = _row(None, "warm-up as a fraction of all steps", "lr in metrics.jsonl", ge=0, le=1)
+    min_lr_ratio: float = _row(
+        0.0, "the learning rate ends at this fraction of its peak", "lr in metrics.jsonl", ge=0, le=1
+    )
+    max_grad_norm: float | None = _row(
+        1.0, "clip the gradient's norm to this; none: never", "grad_norm and the weights", gt=0
+    )
+
+    # Evaluation and saving
+    eval_every: int | None = _row(
+        100, "evaluate every so many optimizer steps, where there is validation data", "steps in metrics.jsonl", ge=1
+    )
+    save_every: int | None = _row(
+        500,
+        "write a checkpoint every so many optimizer steps, where there is an `output_dir`",
+        "checkpoints/step-N",
+        changes_weights=False,
+        ge=1,
+    )
+    early_stopping_patience: int | None = _row(
+        None,
+        "stop after this many evaluations without improvement; the best weights are restored",
+        "last step, weights",
+        ge=1,
+    )
+    validation_split: float = _row(
+        0.0, "share of the training data that is held out where no validation data is given", "sizes", ge=0, lt=1
+    )
+
+    # Data
+    task_type: (
+        Literal["language_modeling", "question_answering", "instruction", "conversation", "summarization", "code"]
+        | None
+    ) = _row(None, "prompt template, loss mask and metric; unless given, by the shape of the data", "prompts, metrics")
+    max_seq_length: int = _row(
+        1024, "longest example in tokens; what is longer is cut, counted and reported", "report", ge=2
+    )
+    data_collator: Literal["default", "packing"] = _row(
+        "default",
+        "`default` pads; `packing` puts several examples in one row, attention kept apart",
+        "loss equal, rows fewer",
+    )
+    dialogue_format: bool = _row(
+        False, "the data are conversations: messages, or text split by `turn_separator`", "mask"
+    )
+    turn_separator: str | None = _row(
+        None, "separates the turns of plain-text conversations, user first", "turns", min_length=1
+    )
+    response_loss_only: bool = _row(True, "loss on the answers only (end-of-turn token included)", "mask")
+    max_turns: int | None = _row(
+        None, "keep the system message and the last n turns; drops are counted", "turns, report", ge=1
+    )
+
+    # Machine
+    dtype: Literal["auto", "fp32", "bf16"] = _row(
+        "auto",
+        "bf16: frozen weights bf16, trained weights and optimizer state fp32, autocast; auto: as the model is",
+        "dtypes",
+    )
+    device: str = _row(
+        "auto", "`cpu`, `cuda`, `cuda:1` …; auto: a GPU where torch sees one", "device of the weights", min_length=1
+    )
+    gradient_checkpointing: bool = _row(
+        False, "recompute activations in the backward pass: less memory, same gradients", "gradients equal, memory"
+    )
+    dataloader_pin_memory: bool = _row(
+        False, "batches in page-locked memory (GPU only)", "is_pinned", changes_weights=False
+    )
+    dataloader_num_workers: int = _row(
+        0, "processes that prepare batches; 0: the training process", "workers", changes_weights=False, ge=0
+    )
+    output_dir: Path | None = _row(
+        None,
+        "the run's folder: adapter or model, checkpoints, metrics; none: nothing is written",
+        "files",
+        flag="output",
+        changes_weights=False,
+    )
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            _raise(error, settings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = dict(settings)
+        check_names(settings)
+        lora = _fields(settings.get("lora_config"))
+        _unite(settings, "lora_target_modules", "target_modules", settings.pop("target_modules", None))
+        for field in LORA_FIELDS:
+            _unite(settings, f"lora_{field}", f"lora_config.{field}", lora.get(field))
+        given = [name for name in LORA_SETTINGS if settings.get(name) is not None]
+        if settings.get("use_lora") is None:
+            settings["use_lora"] = bool(given)
+        return settings
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _all_is_all_linear(cls, targets: Targets | None) -> Targets | None:
+        if targets is not None and not targets:
+            raise ValueError("should name at least one module")
+        return "all" if targets in ("all-linear", ["all-linear"], ["all"]) else targets
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and bool not in _types(cls.model_fields[info.field_name].annotation):
+            raise ValueError("should not be true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "FineTuningConfig":
+        if self.lora_config is not None:
+            self.lora()  # LoRAConfig checks the fields that have no row here
+        given = [name for name in LORA_SETTINGS if getattr(self, name) is not None]
+        contradictions = {
+            f"use_lora=False contradicts {', '.join(given)}: drop one of them": not self.use_lora and given,
+            "warmup_steps and warmup_ratio both set the warm-up: give one": (
+                self.warmup_steps is not None and self.warmup_ratio is not None
+            ),
+            "min_lr_ratio has no effect with scheduler='constant': drop one of them": (
+                self.scheduler == "constant" and self.min_lr_ratio > 0
+            ),
+            f"dialogue_format=True contradicts task_type='{self.task_type}': drop one of them": (
+                self.dialogue_format and self.task_type not in (None, "conversation")
+            ),
+            "turn_separator and max_turns need dialogue_format=True": (
+                not (self.dialogue_format or self.task_type == "conversation")
+                and (self.turn_separator is not None or self.max_turns is not None)
+            ),
+        }
+        for message, wrong in contradictions.items():
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    def lora(self) -> "LoRAConfig | None":
+        """The adapters' settings, every spelling united; None for full fine-tuning."""
+        if not self.use_lora:
+            return None
+        from ..nn import LoRAConfig
+
+        dropout = self.lora_dropout if self.lora_dropout is not None else self.dropout_rate
+        settled = {
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": dropout,
+            "target_modules": self.lora_target_modules,
+        }
+        return LoRAConfig(
+            **_fields(self.lora_config) | {field: value for field, value in settled.items() if value is not None}
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as plain values, defaults and LoRA settings filled in: what config.yaml holds."""
+        values = self.model_dump(mode="json", exclude={"lora_config"})
+        lora = self.lora()
+        values["lora_config"] = None if lora is None else lora.model_dump(mode="json")
+        for field in LORA_FIELDS if lora is not None else ():
+            values[f"lora_{field}"] = values["lora_config"][field]
+        return values
+
+    def changes(self, other: "FineTuningConfig") -> list[str]:
+        """`name: mine -> other's` for every setting that a resumed run may not change and that differs."""
+        mine, others = self.resolved(), other.resolved()
+        return [
+            f"{name}: {mine[name]!r} -> {others[name]!r}"
+            for name, row in rows().items()
+            if row["changes_weights"] and mine[name] != others[name]
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FineTuningConfig) and self.resolved() == other.resolved()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "FineTuningConfig":
+        """The settings of a YAML file. Raises ConfigError that names the file."""
+        settings = read_settings(path)
+        try:
+            return cls(**settings)
+        except ConfigError as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    def to_yaml(self) -> str:
+        """`resolved()` as YAML text; `from_yaml` reads an equal config from it."""
+        import yaml
+
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+LORA_FIELDS = ("rank", "alpha", "dropout", "target_modules")
+LORA_SETTINGS = ("lora_config", "target_modules", *(f"lora_{field}" for field in LORA_FIELDS))
+
+# Known by name, so that a configuration that needs one is refused and not half obeyed.
+NOT_YET = (
+    *("adaptation_method", "domain", "domain_weight", "general_dataset", "preserve_general_knowledge"),
+    *("style_adaptation", "preserve_factual_knowledge", "preserve_base_capabilities", "validation_on_base_tasks"),
+    *("regularization_method", "regularization_strength", "continual_learning", "memory_buffer_size"),
+    *("replay_frequency", "fisher", "base_val_dataset"),
+    *("progressive_unfreezing", "unfreeze_schedule", "learning_rate_schedule"),
+    *("multi_task", "task_weights", "shared_encoder", "task_specific_heads"),
+    *("special_tokens", "code_specific_loss", "syntax_aware_training"),
+    *("fsdp", "deepspeed", "tensor_parallel", "load_in_4bit", "load_in_8bit", "quantization_config", "use_dora"),
+)
+
+
+def not_yet(name: str) -> str:
+    """The refusal of a setting that a later version will have."""
+    return f"{name} is not yet available in this version: leave it out"
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """The table: for each setting its default, type, effect, observable, flag and whether it changes the weights."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, field in FineTuningConfig.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        flag = "--" + str(extra["flag"] or name).replace("_", "-")
+        table[name] = (
+            {"default": field.default, "type": field.annotation, "effect": field.description} | extra | {"flag": flag}
+        )
+    return table
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """Raise UnknownNameError for the first name that is no setting: not yet available, or with the nearest one."""
+    for name in settings:
+        if name in NOT_YET:
+            raise UnknownNameError(not_yet(name))
+        if name not in FineTuningConfig.model_fields:
+            raise UnknownNameError(f"unknown setting '{name}'{nearest(name, FineTuningConfig.model_fields)}")
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, names checked, values not yet. Raises ConfigError that names the file."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ConfigError(f"{path}: should hold lines of the form `setting: value`")
+    try:
+        check_names(settings)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{path}: {error}") from None
+    return settings
+
+
+def _unite(settings: dict[str, Any], name: str, alias: str, value: Any) -> None:
+    """Move what was given under ``alias`` to ``name``; both given and different is an error."""
+    if value is None:
+        return
+    mine = settings.get(name)
+    if mine is not None and mine != value:
+        raise ConfigError(f"{name}={mine!r} contradicts {alias}={value!r}: give one of them")
+    settings[name] = value
+
+
+def _fields(lora: Any) -> dict[str, Any]:
+    """What was given of the adapters' settings, as a mapping or a LoRAConfig."""
+    if lora is None:
+        return {}
+    if isinstance(lora, Mapping):
+        return dict(lora)
+    if isinstance(lora, BaseModel):
+        return lora.model_dump(include=lora.model_fields_set)
+    raise ConfigError(f"lora_config={lora!r} should be a LoRAConfig or a mapping of its fields")
+
+
+def _types(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    return get_args(annotation) or (annotation,)
+
+
+def _raise(error: ValidationError, settings: Mapping[str, Any]) -> NoReturn:
+    """Turn pydantic's report into one ConfigError: every wrong setting, what was given, what it should be."""
+    wrong: list[str] = []
+    for problem in error.errors():
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        text = str(cause) if cause else problem["msg"].replace("Input should", "should")
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        said = f"{name}={settings[name]!r} {text}" if name in settings else f"{name} {text}".strip()
+        if said not in wrong:
+            wrong.append(said)
+    raise ConfigError("; ".join(wrong)) from None
