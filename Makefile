@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc llmbuilder kernels -name '*.cpp' -o -name '*.h' -o 
 
 .PHONY: demo test lint types bench clean
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo.py --model $(MODEL)
+	$(BIN)/python examples/demo --model $(MODEL)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
