@@ -46,9 +46,15 @@ def main():
             calls = {**COMPETITORS, "copy": lambda x, p: x.clone()}  # allocate and copy: the floor of any dropout
             times = interleaved({name: (lambda f=f: step(f)) for name, f in calls.items()}, repeats=15)
             for name, t in times.items():
-                rows.append({"dtype": str(dtype)[6:], "shape": f"{shape[0]}x{shape[1]}", "name": name,
-                             "ms": f"{statistics.median(t) * 1e3:.3f}",
-                             "torch / it": f"{median_ratio(times['torch'], t):.2f}"})  # fmt: skip
+                rows.append(
+                    {
+                        "dtype": str(dtype)[6:],
+                        "shape": f"{shape[0]}x{shape[1]}",
+                        "name": name,
+                        "ms": f"{statistics.median(t) * 1e3:.3f}",
+                        "torch / it": f"{median_ratio(times['torch'], t):.2f}",
+                    }
+                )
     write("dropout", rows)
 
 

@@ -1,7 +1,7 @@
 """EWC penalty, value and gradient, over the parameters of a 110 M model; floor: 4 times as fast as the loop.
 
-The baselines are written after the two usual forms: a loop over the parameters that builds the penalty with autograd (as
-Avalanche's plugin does) and one flat vector of all parameters (as mammoth does). Each adds its gradient to `.grad`,
+The baselines are written after the two usual forms: a loop over the parameters that builds the penalty with autograd
+(as Avalanche's plugin does) and one flat vector of all parameters (as mammoth does). Each adds its gradient to `.grad`,
 which exists already. A further competitor is one entry in COMPETITORS: f(params, anchors, fishers, strength) -> value.
 """
 
@@ -92,9 +92,17 @@ def main():
     a, b = torch.zeros(n), torch.ones(n)
     add = statistics.median(interleaved({"add_": lambda: a.add_(b)}, repeats=9)["add_"])
     floor = add * 5 / 3
-    rows = [{"name": name, "parameters": n, "ms": f"{statistics.median(t) * 1e3:.2f}",
-             "loop / it": f"{median_ratio(times['loop'], t):.2f}", "share of bandwidth": f"{floor / statistics.median(t):.2f}",
-             "extra MB": f"{ours:.1f}" if name == "llmbuilder" else ""} for name, t in times.items()]  # fmt: skip
+    rows = [
+        {
+            "name": name,
+            "parameters": n,
+            "ms": f"{statistics.median(t) * 1e3:.2f}",
+            "loop / it": f"{median_ratio(times['loop'], t):.2f}",
+            "share of bandwidth": f"{floor / statistics.median(t):.2f}",
+            "extra MB": f"{ours:.1f}" if name == "llmbuilder" else "",
+        }
+        for name, t in times.items()
+    ]
     write("ewc", rows)
 
 

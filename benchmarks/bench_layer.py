@@ -1,12 +1,13 @@
 """One LoRA linear layer, forward + backward: overhead over the frozen layer, against PEFT; floor: a third of PEFT's.
 
 Overhead = (t - t_frozen) / t_frozen, the same frozen layer for all: the fastest at hand (torch's own, or the path
-that `ops.frozen_linear` found). Gradients are compared with fp64 first, with each competitor's own mask exported. A further
-competitor is one function (linear, p) -> Layer in COMPETITORS.
+that `ops.frozen_linear` found). Gradients are compared with fp64 first, with each competitor's own mask exported. A
+further competitor is one function (linear, p) -> Layer in COMPETITORS.
 """
 
 import statistics
 import typing
+from functools import partial
 
 import torch
 from harness import interleaved, relative, write
@@ -92,28 +93,40 @@ def step(call, x, dy, parameters):
     call(x).backward(dy)
 
 
+def measure(n, dtype):
+    """Rows of one shape and dtype: milliseconds and overhead over the faster of the two frozen layers."""
+    base = linear(n, dtype)
+    x, dy = torch.randn(ROWS, n).to(dtype).requires_grad_(), torch.randn(ROWS, n).to(dtype)
+    run = {
+        "frozen (torch)": partial(step, base, x, dy, ()),
+        "frozen": partial(step, partial(ops.frozen_linear, weight=base.weight), x, dy, ()),
+    }
+    for name, make in COMPETITORS.items():
+        layer = build(make, linear(n, dtype), P)
+        run[name] = partial(step, layer.call, x, dy, (layer.a, layer.b))
+    times = interleaved(run, repeats=15, inner=max(1, int(1e10 / (ROWS * n * n))))
+    frozen = min((times[k] for k in run if k.startswith("frozen")), key=statistics.median)
+    overhead = {name: statistics.median(t / f - 1 for t, f in zip(times[name], frozen, strict=True)) for name in run}
+    return [
+        {
+            "dtype": str(dtype)[6:],
+            "shape": f"{n}x{n}",
+            "name": name,
+            "ms": f"{statistics.median(times[name]) * 1e3:.2f}",
+            "overhead": f"{overhead[name]:.3f}",
+            "of peft's": f"{overhead[name] / overhead['peft']:.2f}",
+        }
+        for name in run
+    ]
+
+
 def main():
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for n in SIZES:
             for name, make in COMPETITORS.items():
                 check(name, make, n, dtype)
-            base = linear(n, dtype)
-            x, dy = torch.randn(ROWS, n).to(dtype).requires_grad_(), torch.randn(ROWS, n).to(dtype)
-            run = {"frozen (torch)": lambda base=base, x=x, dy=dy: step(base, x, dy, ()),
-                   "frozen": lambda base=base, x=x, dy=dy: step(lambda t: ops.frozen_linear(t, base.weight), x, dy, ())}  # fmt: skip
-            for name, make in COMPETITORS.items():
-                layer = build(make, linear(n, dtype), P)
-                run[name] = lambda layer=layer, x=x, dy=dy: step(layer.call, x, dy, (layer.a, layer.b))
-            times = interleaved(run, repeats=15, inner=max(1, int(1e10 / (ROWS * n * n))))
-            frozen = min((times[k] for k in run if k.startswith("frozen")), key=statistics.median)
-            overhead = {
-                name: statistics.median(t / f - 1 for t, f in zip(times[name], frozen, strict=True)) for name in run
-            }
-            for name in run:
-                rows.append({"dtype": str(dtype)[6:], "shape": f"{n}x{n}", "name": name,
-                             "ms": f"{statistics.median(times[name]) * 1e3:.2f}", "overhead": f"{overhead[name]:.3f}",
-                             "of peft's": f"{overhead[name] / overhead['peft']:.2f}"})  # fmt: skip
+            rows += measure(n, dtype)
     write("layer", rows)
 
 

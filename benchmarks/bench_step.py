@@ -1,9 +1,9 @@
 """A whole fine-tuning step (forward, backward, AdamW) of a 124 M Llama-like model with every linear layer adapted.
 
-Floors: ahead of PEFT as installed by 2x in fp32 and 1.6x in bf16, with at most 0.55x its working memory above the model.
-Each competitor runs in a process of its own; they step in turn. Before any figure: at p=0 the losses of 5 steps and the
-norms of every gradient in them must agree with the first competitor's. Working memory = peak resident set of three steps less that
-with model, adapters and optimizer built. A further competitor is one entry in COMPETITORS.
+Floors: ahead of PEFT as installed by 2x in fp32 and 1.6x in bf16, with at most 0.55x its working memory above the
+model. Each competitor runs in a process of its own; they step in turn. Before any figure: at p=0 the losses of 5 steps
+and the norms of every gradient in them must agree with the first competitor's. Working memory = peak resident set of
+three steps less that with model, adapters and optimizer built. A further competitor is one entry in COMPETITORS.
 """
 
 import argparse
@@ -66,9 +66,17 @@ def build(name, mode, p):
 
     torch.set_float32_matmul_precision("medium" if mode == "fp32-medium" else "highest")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=2560, num_hidden_layers=12,
-                         num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True,
-                         max_position_embeddings=2048, use_cache=False)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2560,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16 if mode == "bf16" else torch.float32)
     parameters = sum(q.numel() for q in model.parameters())
     model, loss_of = COMPETITORS[name](model, p)
@@ -116,8 +124,9 @@ def worker(name, mode, p):
 class Worker:
     def __init__(self, name, mode, p, malloc):
         command = [sys.executable, __file__, "--worker", name, "--mode", mode, "--p", str(p)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=environment(malloc))  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(malloc)
+        )
         self.about = self.read()
 
     def read(self):
@@ -174,10 +183,20 @@ def measure(competitors, repeats):
         w.close()
     first = competitors[0]
     seconds = {c: [r["seconds"] for r in runs[c]] for c in competitors}
-    return [{"dtype": c[0], "name": c[1], "parameters": workers[c].about["parameters"], "tokens": f"{BATCH}x{SEQ}",
-             "seconds": f"{statistics.median(seconds[c]):.3f}", "peft / it": f"{median_ratio(seconds[first], seconds[c]):.2f}",
-             "working MB": f"{memory[c]:.0f}", "of peft's": f"{memory[c] / memory[first]:.2f}",
-             "last loss": f"{runs[c][-1]['loss']:.4f}"} for c in competitors]  # fmt: skip
+    return [
+        {
+            "dtype": c[0],
+            "name": c[1],
+            "parameters": workers[c].about["parameters"],
+            "tokens": f"{BATCH}x{SEQ}",
+            "seconds": f"{statistics.median(seconds[c]):.3f}",
+            "peft / it": f"{median_ratio(seconds[first], seconds[c]):.2f}",
+            "working MB": f"{memory[c]:.0f}",
+            "of peft's": f"{memory[c] / memory[first]:.2f}",
+            "last loss": f"{runs[c][-1]['loss']:.4f}",
+        }
+        for c in competitors
+    ]
 
 
 def main():

@@ -65,8 +65,14 @@ def machine() -> dict[str, object]:
     import torch
 
     versions = {name: version(name) for name in ("llmbuilder", "torch", "peft", "transformers")}
-    return {"malloc": malloc_mode(), "threads": torch.get_num_threads(), "cpu": cpu_name(), **versions,
-            "python": platform.python_version(), "date": datetime.date.today().isoformat()}  # fmt: skip
+    return {
+        "malloc": malloc_mode(),
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        **versions,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def version(package: str) -> str:

@@ -22,28 +22,51 @@ def find(name, **wanted):
 def lines():
     """(claim, floor, function of a malloc mode -> (figure, passed)) for every floor."""
     for dtype in ("float32", "bfloat16"):
-        yield (f"dropout forward+backward, 2048×2560 {dtype}, against torch", "≥ 10×",
-               lambda m, d=dtype: ratio("dropout", "torch / it", 10, malloc=m, dtype=d, shape="2048x2560", name="llmbuilder"))  # fmt: skip
-    yield ("EWC value+gradient, 110 M parameters, against an Avalanche-style loop", "≥ 4×",
-           lambda m: ratio("ewc", "loop / it", 4, malloc=m, name="llmbuilder"))  # fmt: skip
+        yield (
+            f"dropout forward+backward, 2048×2560 {dtype}, against torch",
+            "≥ 10×",
+            lambda m, d=dtype: ratio(
+                "dropout", "torch / it", 10, malloc=m, dtype=d, shape="2048x2560", name="llmbuilder"
+            ),
+        )
+    yield (
+        "EWC value+gradient, 110 M parameters, against an Avalanche-style loop",
+        "≥ 4×",
+        lambda m: ratio("ewc", "loop / it", 4, malloc=m, name="llmbuilder"),
+    )
     for dtype in ("float32", "bfloat16"):
         for shape in ("768x768", "2048x2048", "4096x4096"):
-            yield (f"LoRA overhead over the frozen layer, {shape} {dtype}, p=0.1, r=16", "≤ ⅓ of PEFT's",
-                   lambda m, d=dtype, s=shape: overhead(malloc=m, dtype=d, shape=s))  # fmt: skip
+            yield (
+                f"LoRA overhead over the frozen layer, {shape} {dtype}, p=0.1, r=16",
+                "≤ ⅓ of PEFT's",
+                lambda m, d=dtype, s=shape: overhead(malloc=m, dtype=d, shape=s),
+            )
     for dtype, floor in (("fp32", 2.0), ("bf16", 1.6)):
-        yield (f"whole step, 124 M Llama-like, {dtype}, against PEFT as installed", f"≥ {floor}×",
-               lambda m, d=dtype, f=floor: ratio("step", "peft / it", f, malloc=m, dtype=d, name="llmbuilder"))  # fmt: skip
+        yield (
+            f"whole step, 124 M Llama-like, {dtype}, against PEFT as installed",
+            f"≥ {floor}×",
+            lambda m, d=dtype, f=floor: ratio("step", "peft / it", f, malloc=m, dtype=d, name="llmbuilder"),
+        )
         yield (
             f"the same, working memory above the model, {dtype}",
             "≤ 0.55×",
             lambda m, d=dtype: memory(malloc=m, dtype=d),
         )
-    yield ("whole step, fp32, PEFT tuned (\"medium\") against PEFT as installed", "for comparison",
-           lambda m: ratio("step", "peft / it", 0, malloc=m, dtype="fp32-medium", name="peft"))  # fmt: skip
-    yield ("whole step, bf16, PEFT with bf16 adapters against PEFT as installed", "for comparison",
-           lambda m: ratio("step", "peft / it", 0, malloc=m, dtype="bf16", name="peft (bf16 adapters)"))  # fmt: skip
-    yield ("the demo's examples per second, against PEFT with Trainer", "≥ 1.5×",
-           lambda m: ratio("examples", "peft / it", 1.5, malloc=m, name="llmbuilder"))  # fmt: skip
+    yield (
+        'whole step, fp32, PEFT tuned ("medium") against PEFT as installed',
+        "for comparison",
+        lambda m: ratio("step", "peft / it", 0, malloc=m, dtype="fp32-medium", name="peft"),
+    )
+    yield (
+        "whole step, bf16, PEFT with bf16 adapters against PEFT as installed",
+        "for comparison",
+        lambda m: ratio("step", "peft / it", 0, malloc=m, dtype="bf16", name="peft (bf16 adapters)"),
+    )
+    yield (
+        "the demo's examples per second, against PEFT with Trainer",
+        "≥ 1.5×",
+        lambda m: ratio("examples", "peft / it", 1.5, malloc=m, name="llmbuilder"),
+    )
 
 
 def ratio(name, column, floor, **wanted):
@@ -77,9 +100,12 @@ def table():
             cells.append(text if passed or mode == "system" else f"**{text}, missed**")
         out.append(f"| {claim} | {floor} | {cells[0]} | {cells[1]} |")
     any_row = read("step")[0]
-    out += ["", f"Medians of interleaved runs on {any_row['cpu']}, {any_row['threads']} threads, {any_row['date']}; "
-            f"torch {any_row['torch']}, peft {any_row['peft']}, transformers {any_row['transformers']}. "
-            "The floors are for malloc keeping its memory; every row of every run: benchmarks/results/."]  # fmt: skip
+    out += [
+        "",
+        f"Medians of interleaved runs on {any_row['cpu']}, {any_row['threads']} threads, {any_row['date']}; "
+        f"torch {any_row['torch']}, peft {any_row['peft']}, transformers {any_row['transformers']}. "
+        "The floors are for malloc keeping its memory; every row of every run: benchmarks/results/.",
+    ]
     return "\n".join(out)
 
 

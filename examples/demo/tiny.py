@@ -33,11 +33,18 @@ def prepare() -> Task:
         held_out={"python": balanced(held_out, 400), "cpp": balanced(other, 400)},
         unrelated=["def main(", "import torch", "Licensed under the"],
         settings={
-            "lora_rank": 16, "lora_alpha": 32, "target_modules": "all", "learning_rate": 3e-3, "warmup_steps": 10,
-            "batch_size": 16, "num_epochs": 1, "max_seq_length": 192, "dtype": "fp32",
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "target_modules": "all",
+            "learning_rate": 3e-3,
+            "warmup_steps": 10,
+            "batch_size": 16,
+            "num_epochs": 1,
+            "max_seq_length": 192,
+            "dtype": "fp32",
         },
         source="a native GPT trained on the spot; lines of this repository, code or prose",
-    )  # fmt: skip
+    )
 
 
 def pretrained(train: list[Sentence]):
@@ -48,8 +55,17 @@ def pretrained(train: list[Sentence]):
     corpus.write_text("\n".join(s.text for s in train) + "\n")
     model = GPT(GPTConfig(vocab_size=1024, n_layer=4, n_head=4, n_embd=128, block_size=256))
     model.tokenizer = train_tokenizer([corpus], vocab_size=1024)
-    config = FineTuningConfig(use_lora=False, num_epochs=20, max_steps=150, learning_rate=2e-3, warmup_steps=10,
-                              batch_size=16, scheduler="cosine", dtype="fp32", seed=0)  # fmt: skip
+    config = FineTuningConfig(
+        use_lora=False,
+        num_epochs=20,
+        max_steps=150,
+        learning_rate=2e-3,
+        warmup_steps=10,
+        batch_size=16,
+        scheduler="cosine",
+        dtype="fp32",
+        seed=0,
+    )
     FineTuner(model, TextDataset(corpus, block_size=128), None, config).train()
     lb.save_model(model, BASE / "model")
     return model
