@@ -5,8 +5,10 @@ available yet. A setting has one name in Python, in YAML and (with dashes) on th
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -185,16 +187,10 @@ class FineTuningConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _settle_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        settings = dict(settings)
-        check_names(settings)
-        lora = _fields(settings.get("lora_config"))
-        _unite(settings, "lora_target_modules", "target_modules", settings.pop("target_modules", None))
-        for field in LORA_FIELDS:
-            _unite(settings, f"lora_{field}", f"lora_config.{field}", lora.get(field))
-        given = [name for name in LORA_SETTINGS if settings.get(name) is not None]
+    def _settle(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        settings = settle_names(settings)
         if settings.get("use_lora") is None:
-            settings["use_lora"] = bool(given)
+            settings["use_lora"] = any(settings.get(name) is not None for name in LORA_SETTINGS)
         return settings
 
     @field_validator("lora_target_modules")
@@ -251,7 +247,7 @@ class FineTuningConfig(BaseModel):
             "target_modules": self.lora_target_modules,
         }
         return LoRAConfig(
-            **_fields(self.lora_config) | {field: value for field, value in settled.items() if value is not None}
+            **(self.lora_config or {}) | {field: value for field, value in settled.items() if value is not None}
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -269,7 +265,7 @@ class FineTuningConfig(BaseModel):
         return [
             f"{name}: {mine[name]!r} -> {others[name]!r}"
             for name, row in rows().items()
-            if row["changes_weights"] and mine[name] != others[name]
+            if row.changes_weights and mine[name] != others[name]
         ]
 
     def __eq__(self, other: object) -> bool:
@@ -312,15 +308,38 @@ def not_yet(name: str) -> str:
     return f"{name} is not yet available in this version: leave it out"
 
 
-def rows() -> dict[str, dict[str, Any]]:
-    """The table: for each setting its default, type, effect, observable, flag and whether it changes the weights."""
-    table: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class Row:
+    """One setting, as the command line and docs/settings.md show it."""
+
+    name: str
+    flags: tuple[str, ...]
+    type: str
+    default: str
+    effect: str
+    observable: str
+    changes_weights: bool
+    is_switch: bool  # --name and --no-name
+    is_list: bool
+
+
+def rows() -> dict[str, Row]:
+    """The table of all settings, by name."""
+    table = {}
     for name, field in FineTuningConfig.model_fields.items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
-        flag = "--" + str(extra["flag"] or name).replace("_", "-")
-        table[name] = (
-            {"default": field.default, "type": field.annotation, "effect": field.description} | extra | {"flag": flag}
+        extra: Any = field.json_schema_extra
+        kinds = [kind for kind in _types(field.annotation) if kind is not type(None)]
+        short = [f"--{extra['flag']}"] if extra["flag"] else []
+        table[name] = Row(
+            name=name,
+            flags=(*short, f"--{name.replace('_', '-')}"),
+            type=_type_text(kinds[0]),
+            default="none" if field.default is None else str(field.default).lower(),
+            effect=field.description or "",
+            observable=extra["observable"],
+            changes_weights=extra["changes_weights"],
+            is_switch=kinds == [bool],
+            is_list=list[str] in kinds,
         )
     return table
 
@@ -353,20 +372,28 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _unite(settings: dict[str, Any], name: str, alias: str, value: Any) -> None:
-    """Move what was given under ``alias`` to ``name``; both given and different is an error."""
-    if value is None:
-        return
-    mine = settings.get(name)
-    if mine is not None and mine != value:
-        raise ConfigError(f"{name}={mine!r} contradicts {alias}={value!r}: give one of them")
-    settings[name] = value
+def settle_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, each under its first name: `target_modules` and the fields of `lora_config` become `lora_*`.
+
+    Raises UnknownNameError for a name that is no setting, ConfigError where two names give different values.
+    """
+    check_names(settings)
+    settled = {name: value for name, value in settings.items() if name != "target_modules"}
+    aliases = [("lora_target_modules", "target_modules", settings.get("target_modules"))]
+    if settings.get("lora_config") is not None:
+        fields = _fields(settings["lora_config"])
+        aliases += [(f"lora_{field}", f"lora_config.{field}", fields.pop(field, None)) for field in LORA_FIELDS]
+        settled["lora_config"] = fields
+    for name, alias, value in aliases:
+        mine = settled.get(name)
+        if value is not None and mine is not None and mine != value:
+            raise ConfigError(f"{name}={mine!r} contradicts {alias}={value!r}: give one of them")
+        settled[name] = mine if value is None else value
+    return settled
 
 
 def _fields(lora: Any) -> dict[str, Any]:
     """What was given of the adapters' settings, as a mapping or a LoRAConfig."""
-    if lora is None:
-        return {}
     if isinstance(lora, Mapping):
         return dict(lora)
     if isinstance(lora, BaseModel):
@@ -376,7 +403,15 @@ def _fields(lora: Any) -> dict[str, Any]:
 
 def _types(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the one type."""
-    return get_args(annotation) or (annotation,)
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _type_text(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {bool: "switch", int: "int", float: "float", str: "text", Path: "path", list[str]: "names", Any: "mapping"}[
+        kind
+    ]
 
 
 def _raise(error: ValidationError, settings: Mapping[str, Any]) -> NoReturn:

@@ -1,0 +1,112 @@
+"""The command line: finds the command, reads its flags, turns errors into one line and an exit status.
+
+Each command is a module of this package with `USAGE`, `arguments(parser)` and `run(args) -> int`. It is imported when it is
+asked for, and imports torch when it has checked what it was given.
+
+Exit status: 0 done, 1 bad input, 2 unknown command, flag or setting, 130 interrupted.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import sys
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..errors import UnknownNameError, nearest
+
+COMMANDS = {
+    "finetune model": "fine-tune a model on a data set",
+    "chat": "talk with a model",
+    "generate": "continue a prompt",
+    "evaluate": "loss, perplexity, BLEU and accuracy of a model on a data set",
+    "merge": "write a model with its adapter merged into the weights",
+    "doctor": "say what this machine offers, and check every operator on it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or bool(os.environ.get("LLMBUILDER_DEBUG"))
+    try:
+        return _dispatch(words)
+    except SystemExit as stop:  # argparse, after --help or with its own complaint
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print(_interrupted(words), file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"llmbuilder: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UnknownNameError) else 1
+
+
+def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        print(f"llmbuilder {__version__}")
+        return 0
+    command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if command is None:
+        return _no_command(words)
+    module = importlib.import_module(f".{command.split()[0]}", __name__)
+    parser = ArgumentParser(
+        prog=f"llmbuilder {command}", usage=f"llmbuilder {command} {module.USAGE}", description=module.__doc__, allow_abbrev=False
+    )
+    module.arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show where an error arose")
+    rest = words[len(command.split()) :]
+    _check_flags(rest, parser)
+    return int(module.run(parser.parse_args(rest)))
+
+
+def _no_command(words: list[str]) -> int:
+    """Help for whoever asks for it; for a word that is no command, the nearest one."""
+    lines = [f"  {name:<16}{effect}" for name, effect in COMMANDS.items()]
+    usage = "\n".join(
+        ["usage: llmbuilder COMMAND [flags]   (COMMAND --help lists its flags)", "", *lines, "  --version"]
+    )
+    asked = [word for word in words if word in ("-h", "--help")]
+    if asked or not words or words == ["finetune"]:
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    said = " ".join(words[:2] if words[0] == "finetune" else words[:1])
+    raise UnknownNameError(f"unknown command '{said}'{nearest(said, COMMANDS)} (llmbuilder --help lists all)")
+
+
+def _check_flags(words: list[str], parser: ArgumentParser) -> None:
+    """Raise UnknownNameError for a flag that the command has not, before argparse asks for those that are missing."""
+    known = parser._option_string_actions
+    for word in words:
+        flag = word.split("=", 1)[0]
+        if flag == "--":
+            return
+        if re.match(r"--[a-z]", flag) and flag not in known:
+            from ..finetune.config import NOT_YET, not_yet
+
+            setting = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+            if setting in NOT_YET:
+                raise UnknownNameError(not_yet(setting))
+            raise UnknownNameError(f"unknown flag '{flag}'{nearest(flag, known)}")
+
+
+def _one_line(error: Exception) -> str:
+    """What, where and what to do; for an error that nobody foresaw, also its kind and how to see where it arose."""
+    from ..errors import LLMBuilderError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, LLMBuilderError | OSError):
+        return text
+    return f"{type(error).__name__}: {text} (unexpected; --debug shows where it arose)"
+
+
+def _interrupted(words: list[str]) -> str:
+    if words[:2] != ["finetune", "model"]:
+        return "llmbuilder: interrupted"
+    again = [word for word in words if word not in ("--resume", "--overwrite")]
+    return f"llmbuilder: interrupted; go on from the last checkpoint: {shlex.join(['llmbuilder', *again, '--resume'])}"
