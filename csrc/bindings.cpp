@@ -1,0 +1,65 @@
+// The one file that knows Python. Tensors come as addresses and sizes; every check is in llmbuilder/ops.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace llmbuilder;
+
+namespace {
+
+using Address = uint64_t;  // of a tensor's memory
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+/// `seed` is the address of an int64; without dropout there may be none.
+MaskKey mask_key(Address seed, uint32_t stream, uint32_t threshold) {
+  return {threshold ? *at<const uint64_t>(seed) : 0, stream, threshold};
+}
+
+py::list isas() {
+  py::list names;
+  for (int i = 0; available_isa(i); i++) names.append(available_isa(i));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() =
+      "The compiled kernels of llmbuilder, without torch: addresses as integers, sizes, a DType, the address of the "
+      "seed, "
+      "the number of threads. Nothing is checked here and the GIL is released; use llmbuilder.ops.";
+  const py::call_guard<py::gil_scoped_release> free;
+
+  py::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("f16", DType::f16);
+
+  m.def("isa", &isa, "Name of the instruction set in use.");
+  m.def("isas", &isas, "Names of the instruction sets that can be used here, best first.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Use another instruction set from now on; ValueError when it does not fit.");
+
+  m.def(
+      "philox",
+      [](Address counters, Address words, int64_t n, uint64_t key) {
+        kernels().philox(at<const uint32_t>(counters), at<uint32_t>(words), n, key);
+      },
+      free);
+  m.def(
+      "dropout",
+      [](DType dtype, Address x, Address y, int64_t rows, int64_t columns, Address seed, uint32_t stream,
+         uint32_t threshold, int threads) {
+        kernels().dropout(dtype, at<const void>(x), at<void>(y), rows, columns, mask_key(seed, stream, threshold),
+                          threads);
+      },
+      free);
+  m.def(
+      "dropout_mask",
+      [](Address keep, int64_t rows, int64_t columns, Address seed, uint32_t stream, uint32_t threshold, int threads) {
+        kernels().dropout_mask(at<uint8_t>(keep), rows, columns, mask_key(seed, stream, threshold), threads);
+      },
+      free);
+}
