@@ -66,14 +66,14 @@ BACKENDS = {
     "reference": Backend(lambda device, dtype: ""),
 }
 OPERATORS = {
-    "dropout": {"cpu": "ops._cpu", "triton": "kernels.dropout", "reference": "ops.reference"},
-    "lora_shrink": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "lora_expand_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "lora_grad_sb": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "lora_grad_ax_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "ewc_penalty_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "ewc_accumulate_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "softmax_cross_entropy_": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "dropout": {"triton": "kernels.dropout", "reference": "ops.reference"},
+    "lora_shrink": {"reference": "ops.reference"},
+    "lora_expand_": {"reference": "ops.reference"},
+    "lora_grad_sb": {"reference": "ops.reference"},
+    "lora_grad_ax_": {"reference": "ops.reference"},
+    "ewc_penalty_": {"reference": "ops.reference"},
+    "ewc_accumulate_": {"reference": "ops.reference"},
+    "softmax_cross_entropy_": {"reference": "ops.reference"},
 }
 
 
