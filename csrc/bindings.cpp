@@ -62,4 +62,13 @@ PYBIND11_MODULE(_C, m) {
         kernels().dropout_mask(at<uint8_t>(keep), rows, columns, mask_key(seed, stream, threshold), threads);
       },
       free);
+  m.def(
+      "softmax_cross_entropy",
+      [](DType dtype, Address logits, int64_t rows, int64_t columns, Address targets, Address row_weights, float softcap,
+         bool need_grad, Address losses, Address predictions, int threads) {
+        kernels().softmax_cross_entropy(dtype, at<void>(logits), rows, columns, at<const int64_t>(targets),
+                                        at<const float>(row_weights), softcap, need_grad, at<float>(losses),
+                                        at<int64_t>(predictions), threads);
+      },
+      free);
 }

@@ -18,14 +18,16 @@
 //   - Work is cut by shape alone, never by the number of threads, so that sums have the same bits for any number.
 //   - `threads` goes to num_threads(); nothing asks OpenMP how many there are.
 #pragma once
+#include "llmbuilder/cross_entropy.h"
 #include "llmbuilder/dropout.h"
 #include "llmbuilder/dtype.h"
 #include "llmbuilder/philox.h"
 
-#define LLMBUILDER_KERNELS(KERNEL) \
-  KERNEL(Philox, philox)           \
-  KERNEL(Dropout, dropout)         \
-  KERNEL(DropoutMask, dropout_mask)
+#define LLMBUILDER_KERNELS(KERNEL)                   \
+  KERNEL(Philox, philox)                             \
+  KERNEL(Dropout, dropout)                           \
+  KERNEL(DropoutMask, dropout_mask)                  \
+  KERNEL(SoftmaxCrossEntropy, softmax_cross_entropy)
 
 namespace llmbuilder {
 
