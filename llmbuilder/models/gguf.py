@@ -45,7 +45,7 @@ def options() -> dict[str, Any]:
 
 
 def unmark(model: Any, path: Path) -> None:
-    """Take the marks of a quantised model away: an unpacked one still carries them, and they forbid training and saving.
+    """Take the marks of a quantised model away: they stay on an unpacked one, and forbid training and saving.
 
     Raises:
         LLMBuilderError: a layer is still packed.

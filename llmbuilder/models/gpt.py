@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor | None, past: KeyValues | None
     ) -> Tensor:
         def heads(y: Tensor) -> Tensor:  # [B, T, C] -> [B, heads, T, head size]
-            return y.view(*y.shape[:2], self.n_head, -1).transpose(1, 2)
+            return y.reshape(*y.shape[:2], self.n_head, -1).transpose(1, 2)
 
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
