@@ -1,7 +1,7 @@
 """The command line: finds the command, reads its flags, turns errors into one line and an exit status.
 
-Each command is a module of this package with `USAGE`, `arguments(parser)` and `run(args) -> int`. It is imported when it is
-asked for, and imports torch when it has checked what it was given.
+Each command is a module of this package with `USAGE`, `arguments(parser)` and `run(args) -> int`. It is imported when
+it is asked for, and imports torch when it has checked what it was given.
 
 Exit status: 0 done, 1 bad input, 2 unknown command, flag or setting, 130 interrupted.
 """
@@ -56,7 +56,10 @@ def _dispatch(words: list[str]) -> int:
         return _no_command(words)
     module = importlib.import_module(f".{command.split()[0]}", __name__)
     parser = ArgumentParser(
-        prog=f"llmbuilder {command}", usage=f"llmbuilder {command} {module.USAGE}", description=module.__doc__, allow_abbrev=False
+        prog=f"llmbuilder {command}",
+        usage=f"llmbuilder {command} {module.USAGE}",
+        description=module.__doc__,
+        allow_abbrev=False,
     )
     module.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show where an error arose")

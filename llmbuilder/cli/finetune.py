@@ -13,7 +13,9 @@ USAGE = "--model PATH --dataset PATH --output FOLDER [settings]"
 
 def arguments(parser: ArgumentParser) -> None:
     """The run's own flags, then one for every setting."""
-    parser.add_argument("--model", required=True, metavar="path", help="native checkpoint, Hugging Face folder or GGUF file")
+    parser.add_argument(
+        "--model", required=True, metavar="path", help="native checkpoint, Hugging Face folder or GGUF file"
+    )
     parser.add_argument("--dataset", required=True, metavar="path", help="text, jsonl or parquet: a file or a folder")
     parser.add_argument("--val-dataset", metavar="path", help="validation data, like --dataset")
     parser.add_argument("--config", metavar="path", help="YAML file of settings")

@@ -85,7 +85,7 @@ class FineTuningConfig(BaseModel):
     )
 
     # Regularization
-    weight_decay: float = _row(0.01, "decoupled weight decay, not on norms and biases", "parameter groups", ge=0)
+    weight_decay: float = _row(0.01, "weight decay (adamw: decoupled), not on norms and biases", "parameter groups", ge=0)
     dropout_rate: float | None = _row(
         None,
         "with LoRA the adapters' dropout, unless that is given; else p of every dropout that the model has",

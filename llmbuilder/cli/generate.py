@@ -1,0 +1,21 @@
+"""Continue a prompt. Prints the new text only."""
+
+from argparse import ArgumentParser, Namespace
+
+from .model import Sampler, model_arguments, open_model, sampling_arguments
+
+USAGE = "--model PATH [--adapter FOLDER] --prompt TEXT [--max-new-tokens N] [--temperature T] [--seed N]"
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """The model, the prompt, and how to continue it."""
+    model_arguments(parser)
+    parser.add_argument("--prompt", required=True, metavar="text", help="the text to continue")
+    sampling_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    """Print the continuation."""
+    model = open_model(args)
+    print(Sampler(model, args).text(list(model.tokenizer(args.prompt)["input_ids"])))
+    return 0

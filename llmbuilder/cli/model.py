@@ -1,0 +1,88 @@
+"""What the commands that run a model share: its flags, how it is opened, how it continues a text."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from ..errors import LLMBuilderError
+
+
+def model_arguments(parser: ArgumentParser, adapter_required: bool = False) -> None:
+    """--model and --adapter."""
+    parser.add_argument(
+        "--model", required=True, metavar="path", help="native checkpoint, Hugging Face folder or hub id, or GGUF file"
+    )
+    parser.add_argument(
+        "--adapter", required=adapter_required, metavar="folder", help="an adapter in PEFT's format, as a run leaves it"
+    )
+
+
+def sampling_arguments(parser: ArgumentParser, max_new_tokens: int = 128) -> None:
+    """How much text a model shall make, and how it chooses."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="int",
+        help="most tokens to make (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="float",
+        help="0: the likeliest token; else drawn from softmax(logits / temperature) (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="int", help="of the draws (default: %(default)s)")
+
+
+def open_model(args: Namespace) -> Any:
+    """The model of --model with the adapter of --adapter, in evaluation mode, on this process's kept memory."""
+    if args.adapter and not Path(args.adapter).is_dir():
+        raise LLMBuilderError(f"{args.adapter}: no such folder; --adapter takes the folder adapter/ of a run")
+
+    from ..models import load_model
+    from .memory import keep_freed_memory
+
+    keep_freed_memory()
+    warn_of_slow_operators()
+    model = load_model(args.model)
+    if model.tokenizer is None:
+        raise LLMBuilderError(f"{args.model}: the model has no tokenizer, so no text goes in or out")
+    if args.adapter:
+        from ..nn import load_adapter
+
+        load_adapter(model, args.adapter)
+    return model.eval()
+
+
+class Sampler:
+    """Makes text with a model, by the flags of `sampling_arguments`; one seed for all that it makes."""
+
+    def __init__(self, model: Any, args: Namespace) -> None:
+        import torch
+
+        self.model = model
+        self.max_new_tokens = args.max_new_tokens
+        self.temperature = args.temperature
+        self.generator = torch.Generator().manual_seed(args.seed)
+
+    def text(self, prompt: list[int], max_new_tokens: int | None = None) -> str:
+        """What follows the prompt's tokens, up to an end of text."""
+        from ..models import end_ids, generate
+
+        most = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        (tokens,) = generate(
+            self.model, [prompt], most, self.temperature, stop_ids=end_ids(self.model), generator=self.generator
+        )
+        return str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def warn_of_slow_operators() -> None:
+    """One line on stderr where the compiled kernels are missing: everything works, but slowly."""
+    from ..ops import _native
+
+    reason = _native.why_not()
+    if reason:
+        print(f"llmbuilder: slow, without its compiled kernels: {reason}", file=sys.stderr)
