@@ -1,5 +1,7 @@
 """`python -m llmbuilder` is `llmbuilder`."""
 
+import sys
+
 from .cli import main
 
-main()
+sys.exit(main())
