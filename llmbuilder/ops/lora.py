@@ -173,12 +173,10 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y and S = drop(x) Aᵀ; weight None stands for a base that is zero. seed None goes with threshold 0."""
     rows = _rows(x)
-    if weight is None:
-        y = rows.new_zeros(rows.shape[0], B.shape[0])
-    else:
-        y = _gemm.linear(rows, weight, bias)
-    S = _backend.serve("lora_shrink", x)(rows, _beside(A, x), threshold, _seed(seed, x), stream)
-    _backend.serve("lora_expand_", x)(y, S, _beside(B, x), scaling)
+    with _own_dtypes(x):
+        y = rows.new_zeros(rows.shape[0], B.shape[0]) if weight is None else _gemm.linear(rows, weight, bias)
+        S = _backend.serve("lora_shrink", x)(rows, _beside(A, x), threshold, _seed(seed, x), stream)
+        _backend.serve("lora_expand_", x)(y, S, _beside(B, x), scaling)
     return y.view(*x.shape[:-1], B.shape[0]), S
 
 
@@ -213,12 +211,12 @@ def _lora_linear_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX (empty unless needed), dA, dB."""
-    rows, dy, a = _rows(x), _rows(dY), _beside(A, x)
-    dS, dB = _backend.serve("lora_grad_sb", x)(dy, S, _beside(B, x), scaling)
-    dX = None
-    if need_x:
-        dX = torch.zeros_like(rows) if weight is None else _gemm.linear_grad(dy, weight)
-    dA = _backend.serve("lora_grad_ax_", x)(rows, dS, a, threshold, _seed(seed, x), stream, dX)
+    rows, dy, dX = _rows(x), _rows(dY), None
+    with _own_dtypes(x):
+        dS, dB = _backend.serve("lora_grad_sb", x)(dy, S, _beside(B, x), scaling)
+        if need_x:
+            dX = torch.zeros_like(rows) if weight is None else _gemm.linear_grad(dy, weight)
+        dA = _backend.serve("lora_grad_ax_", x)(rows, dS, _beside(A, x), threshold, _seed(seed, x), stream, dX)
     return x.new_empty(0) if dX is None else dX.view(x.shape), dA.to(A.dtype), dB.to(B.dtype)
 
 
@@ -253,11 +251,10 @@ def _backward_lora(ctx: Any, dY: Tensor, _: Tensor | None) -> tuple[Tensor | Non
     x, weight, S, A, B, seed = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     dX, dA, dB = _lora_linear_backward(dY, x, weight, S, A, B, ctx.scaling, ctx.threshold, seed, ctx.stream, need_x)
-    dy = dY.reshape(-1, dY.shape[-1])
     return (
         dX if need_x else None,
-        dy.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
-        dy.sum(0) if need_bias else None,
+        _rows(dY).t() @ _rows(x) if need_weight else None,
+        _rows(dY).sum(0) if need_bias else None,
         dA if need_A else None,
         dB if need_B else None,
         *(None,) * 4,
@@ -269,7 +266,8 @@ _lora_linear.register_autograd(_backward_lora, setup_context=_setup_lora)
 
 @torch.library.custom_op("llmbuilder::frozen_linear", mutates_args=())
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _gemm.linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    with _own_dtypes(x):
+        return _gemm.linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 @_frozen_linear.register_fake
@@ -291,7 +289,12 @@ _frozen_linear.register_autograd(_backward_frozen, setup_context=_setup_frozen)
 
 def _rows(x: Tensor) -> Tensor:
     """x as a contiguous matrix; a copy only where its strides ask for one."""
-    return x.reshape(-1 if x.numel() else x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def _own_dtypes(x: Tensor) -> torch.autocast:
+    """What autocast had to cast is cast by now; in here, as in a backward pass under autocast, it must not cast more."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _beside(adapter: Tensor, x: Tensor) -> Tensor:

@@ -92,21 +92,21 @@ def keep_rows(first: int, rows: int, columns: int, threshold: int, seed: Tensor,
     """The mask's rows from ``first`` on. A Philox call decides eight columns, by its eight 16-bit slices in order."""
     row = torch.arange(first, first + rows, device=seed.device)
     call = torch.arange((columns + 7) // 8, device=seed.device)
-    words = philox(call.expand(rows, -1), row[:, None].expand(-1, len(call)), stream, seed)
+    row, call = torch.broadcast_tensors(row[:, None], call)
+    words = philox((call, row, torch.full_like(row, stream), torch.zeros_like(row)), seed)
     slices = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(1)[:, :columns]
     return slices >= threshold
 
 
-def philox(c0: Tensor, c1: Tensor, c2: int, seed: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """Philox4x32 of the counter (c0, c1, c2, 0) under a 64-bit key: four 32-bit words in the last dimension."""
-    counter = [c0, c1, torch.full_like(c0, c2), torch.zeros_like(c0)]
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """Philox4x32 of int64 tensors of 32-bit words under a 64-bit key: four words in a new last dimension."""
+    c0, c1, c2, c3 = counter
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(rounds):
-        high0, low0 = _multiply(0xD2511F53, counter[0])
-        high1, low1 = _multiply(0xCD9E8D57, counter[2])
-        counter = [high1 ^ counter[1] ^ key0, low1, high0 ^ counter[3] ^ key1, low0]
+        (high0, low0), (high1, low1) = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
-    return torch.stack(counter, -1)
+    return torch.stack([c0, c1, c2, c3], -1)
 
 
 def widen(x: Tensor) -> Tensor:
