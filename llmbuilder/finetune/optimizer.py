@@ -1,0 +1,52 @@
+"""torch's optimizers, with weight decay where it belongs and a state that is saved by parameter name."""
+
+import torch
+from torch import Tensor, nn
+
+from .config import FineTuningConfig
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; one that several modules share appears once."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def make_optimizer(config: FineTuningConfig, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` names, torch's own in its fused form (one pass over memory).
+
+    Two groups: matrices and embeddings decay by ``weight_decay``; norms and biases (all that has one dimension) do not.
+    """
+    groups = [
+        {"params": [w for w in trained.values() if w.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [w for w in trained.values() if w.dim() < 2], "weight_decay": 0.0},
+    ]
+    settings = {"lr": config.learning_rate, "fused": True}
+    return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], **settings)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as ``{"<what>/<parameter>": tensor}``."""
+    return {
+        f"{what}/{name}": value
+        for name, weight in trained.items()
+        for what, value in optimizer.state.get(weight, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Take back what ``optimizer_tensors`` returned, into storage of its own on each parameter's device."""
+    for key, value in tensors.items():
+        what, name = key.split("/", 1)
+        weight = trained[name]
+        optimizer.state[weight][what] = value.to(weight.device, copy=True)

@@ -1,0 +1,445 @@
+"""The one training loop. What differs between methods is in ``llmbuilder.methods``, hooks that this loop calls."""
+
+import dataclasses
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import split
+from ..errors import ConfigError, LLMBuilderError
+from ..methods import Batch, Freeze, Full, Key, LoRA, Methods, Run
+from ..models import context_length
+from ..nn.heads import LanguageHead
+from . import sampler
+from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpoint, save_checkpoint, split_states
+from .config import FineTuningConfig
+from .display import Display
+from .evaluate import GENERATED_PAIRS, Score, bleu, continuations, exact_match, score
+from .folder import RunFolder
+from .metrics import MetricsLog, draw_loss
+from .optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_rate, trained_parameters
+from .placement import enable_checkpointing, place, use_bf16
+from .randomness import random_state, seed_all, set_random_state, undisturbed
+from .results import EvalResults, Results, perplexity
+from .schedule import Schedule
+
+
+def finetune_model(model: nn.Module, dataset: Any, config: FineTuningConfig | None = None) -> Results:
+    """``FineTuner(model, dataset, config=config).train()``."""
+    return FineTuner(model, dataset, config=config).train()
+
+
+@dataclass
+class Progress:
+    """Where a run is, at the end of an optimizer step."""
+
+    step: int = 0
+    epoch: int = 0
+    batches: int = 0
+    """Batches of this epoch that are used up."""
+    seconds: float = 0.0
+    base_loss: float = math.nan
+    last_loss: float = math.nan
+    """Of the last evaluation."""
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    """Evaluations since the best one."""
+
+
+class FineTuner:
+    """Fine-tunes a model; changes it in place.
+
+    Args:
+        model: see ``docs/design.md``; adapters are added to it, or all of it trains.
+        train_dataset: examples to learn from: a dataset of ``llmbuilder.data``, or any sequence of examples.
+        val_dataset: examples to judge by. Without it ``validation_split`` of the training data is held out; without
+            that too, both perplexities are those of the training data, and a warning says so.
+        config: the settings; all defaults when None.
+        resume: go on from the newest whole checkpoint in ``config.output_dir``, from the start where there is none.
+            Weights, losses and files come out as if the run had never stopped, bit for bit on the same machine with the
+            same number of threads.
+        overwrite: replace a run that is in ``config.output_dir``.
+
+    Raises:
+        ConfigError: settings that contradict each other, or the model.
+        LLMBuilderError: no examples, examples longer than the model's context, or a folder that holds a run already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        val_dataset: Any = None,
+        config: FineTuningConfig | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.model = model
+        self.config = config or FineTuningConfig()
+        self.folder = self._open_folder(resume, overwrite)
+        self._resume = resume
+        self._trained = False
+        self._tokenizer = getattr(model, "tokenizer", None)
+        self._collate = sampler.Collate(self.config, self._tokenizer)
+        train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
+
+        self.device = place(model, self.config)
+        self.methods = Methods(make_methods(self.config))
+        self.run = Run(model, self.config.seed, {"train": train})
+        with undisturbed():
+            seed_all(self.config.seed)
+            self.methods.prepare(self.run)
+        self.bf16 = use_bf16(model, self.config)
+        self.trained = trained_parameters(model)
+        if not self.trained:
+            raise ConfigError("nothing is left to train: freeze less, or name other target_modules")
+        if self.config.gradient_checkpointing:
+            enable_checkpointing(model)
+
+        self.head = LanguageHead(model)
+        self.optimizer = make_optimizer(self.config, self.trained)
+        window = self.config.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(len(self._plan(0)) / window)
+        self.total_steps = self.config.max_steps or self.config.num_epochs * steps_per_epoch
+        self.schedule = Schedule(self.config, self.total_steps)
+        self.progress = Progress()
+        self._epoch = 0.0
+        self._best: dict[str, Tensor] = {}
+
+    # The loop
+
+    def train(self) -> Results:
+        """Train from here to the end, and write what came of it into the run's folder.
+
+        Raises:
+            LLMBuilderError: the loss or the gradient is no longer finite, a checkpoint does not fit the run, or the
+                disk is full. What is on the disk is the last whole checkpoint.
+            KeyboardInterrupt: as pressed; a warning says how to go on.
+        """
+        if self._trained:
+            raise LLMBuilderError("this FineTuner has trained already; make a new one to train on")
+        self._trained = True
+        with undisturbed():
+            seed_all(self.config.seed)
+            self._start()
+            log = MetricsLog(self.folder.path if self.folder else None, self.progress.step)
+            try:
+                with Display(self.total_steps, self.progress.step) as display:
+                    for window in self._windows():
+                        row = self._step(window)
+                        if self._evaluation_is_due():
+                            row |= self._evaluate_step()
+                        log.add(row)
+                        display.step(row)
+                        if self._save_is_due():
+                            log.sync()
+                            self._save()
+                return self._finish(log.rows)
+            except KeyboardInterrupt:
+                warnings.warn(f"interrupted after step {self.progress.step}{self._last_checkpoint()}", stacklevel=2)
+                raise
+            finally:
+                log.close()
+                self.model.eval()
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step that is left, epoch after epoch."""
+        progress = self.progress
+        while not self._is_over():
+            plan = self._plan(progress.epoch)
+            self.methods.start_epoch(progress.epoch)
+            batches = self._load(self.run.sources, plan[progress.batches :])
+            while window := list(itertools.islice(batches, self.config.gradient_accumulation_steps)):
+                progress.batches += len(window)
+                self._epoch = progress.epoch + progress.batches / len(plan)
+                yield window
+                if self._is_over():
+                    return
+            progress.epoch, progress.batches = progress.epoch + 1, 0
+
+    def _step(self, window: list[Batch]) -> dict[str, Any]:
+        """One optimizer step; returns its row of metrics.jsonl.
+
+        The loss is the mean over the targets of the whole window, so that cutting a batch into smaller ones changes
+        nothing but rounding.
+        """
+        started = time.perf_counter()
+        progress, rate = self.progress, self.schedule(self.progress.step)
+        self.model.train()
+        set_rate(self.optimizer, rate)
+        targets = sum(batch.targets for batch in window)
+        loss = extra = 0.0
+        for batch in window:
+            batch.tensors = self._to_device(batch.tensors)
+            with self._autocast():
+                main = self.methods.loss(self.model, batch, window)
+                if main is None:
+                    main = self.head.loss_sum(batch.tensors)[0] / max(targets, 1)
+                more = self.methods.extra_loss(self.model, batch, window)
+            (main if more is None else main + more).backward()
+            loss += float(main.detach())
+            extra += 0.0 if more is None else float(more.detach())
+        extra += self.methods.penalty()
+        grad_norm = self._clip()
+        self._require_finite(loss + extra, grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        self.methods.after_step(progress.step)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        row = {"step": progress.step, "epoch": self._epoch, "loss": loss, "lr": rate, "grad_norm": grad_norm}
+        return row | {"tokens": targets, "tokens_per_s": targets / seconds} | ({"extra_loss": extra} if extra else {})
+
+    def _clip(self) -> float:
+        """The norm of all gradients together, before they are scaled down to ``max_grad_norm``."""
+        weights = list(self.trained.values())
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(weights, self.config.max_grad_norm, norm)
+        return float(norm)
+
+    def _require_finite(self, *values: float) -> None:
+        if not all(math.isfinite(value) for value in values):
+            raise LLMBuilderError(
+                f"step {self.progress.step + 1}: loss or gradient is no longer finite ({', '.join(map(str, values))}); "
+                f"nothing of this step was kept{self._last_checkpoint()}. Try a lower learning_rate, more warm-up, "
+                "max_grad_norm=1, or dtype='fp32'"
+            )
+
+    # Evaluation
+
+    def evaluate(self, dataset: Any) -> EvalResults:
+        """Judge the model as it is now; draws from no random state of the caller's.
+
+        Loss and perplexity are over all of ``dataset``; BLEU and exact match over greedy continuations of at most 64
+        pairs that its ``generation_pairs`` gives, where it and the model's tokenizer are there.
+
+        Raises:
+            LLMBuilderError: no examples or no targets, or examples longer than the model's context.
+        """
+        self._bind(dataset)
+        with undisturbed(), self._judging():
+            total = self._score(dataset)
+            pairs = dataset.generation_pairs(GENERATED_PAIRS) if hasattr(dataset, "generation_pairs") else []
+            compared = continuations(self.model, self._tokenizer, pairs, self.config.batch_size) if pairs else []
+        exact = getattr(dataset, "metric", None) == "exact_match"
+        return EvalResults(
+            loss=total.loss,
+            perplexity=perplexity(total.loss),
+            bleu_score=bleu(compared),
+            task_accuracy=exact_match(compared) if exact else total.accuracy,
+            tokens=total.tokens,
+            generations=compared,
+        )
+
+    def _evaluation_is_due(self) -> bool:
+        """Every ``eval_every`` steps where there is validation data or early stopping needs it; always at the end."""
+        config, step = self.config, self.progress.step
+        wanted = self.evaluated_on != "training" or config.early_stopping_patience is not None
+        return step >= self.total_steps or bool(wanted and config.eval_every and step % config.eval_every == 0)
+
+    def _evaluate_step(self) -> dict[str, float]:
+        """Judge the model in the middle of training, and remember the best weights where early stopping wants them."""
+        started, progress = time.perf_counter(), self.progress
+        with undisturbed(), self._judging():
+            total = self._score(self.val_dataset)
+        self._require_finite(total.loss)
+        progress.last_loss = total.loss
+        progress.worse += 1
+        if total.loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = total.loss, progress.step, 0
+            if self.config.early_stopping_patience is not None:
+                self._best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.trained.items()}
+        progress.seconds += time.perf_counter() - started
+        values = {"loss": total.loss, "perplexity": perplexity(total.loss), "accuracy": total.accuracy}
+        return {f"eval_{name}": value for name, value in values.items()}
+
+    def _score(self, dataset: Any) -> Score:
+        plan = sampler.in_order(len(dataset), self.config.batch_size)
+        total = score(self.head, (self._to_device(b.tensors) for b in self._load({"train": dataset}, plan)))
+        if not total.tokens:
+            raise LLMBuilderError("the evaluation data has no token to predict; check its labels")
+        return total
+
+    @contextmanager
+    def _judging(self) -> Iterator[None]:
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            yield
+
+    # Start and end
+
+    def _start(self) -> None:
+        """Go on from a checkpoint, or from the base model, which is judged first."""
+        path = newest_checkpoint(self.folder.checkpoints) if self.folder and self._resume else None
+        if path is not None:
+            self._restore(path)
+            return
+        if self.folder:
+            self.folder.begin(self.config.to_yaml())
+        with undisturbed(), self._judging():
+            self.progress.base_loss = self._score(self.val_dataset).loss
+
+    def _is_over(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return self.progress.step >= self.total_steps or (patience is not None and self.progress.worse >= patience)
+
+    def _finish(self, rows: list[dict[str, Any]]) -> Results:
+        """Put the best weights in place, let the methods look back, and write what the run leaves behind."""
+        progress, early = self.progress, self.config.early_stopping_patience is not None
+        if early:
+            copy_weights(self._best, self.trained)
+        self.model.eval()
+        self.methods.after_task(self.run)
+        saved = self.folder.results() if self.folder and self._resume else None
+        if saved is not None:
+            return Results.from_dict(saved, rows)
+        base = perplexity(progress.base_loss)
+        final = perplexity(progress.best_loss if early else progress.last_loss)
+        results = Results(
+            base_perplexity=base,
+            final_perplexity=final,
+            improvement_percentage=100.0 * (base - final) / base,
+            training_time=timedelta(seconds=progress.seconds),
+            evaluated_on=self.evaluated_on,
+            steps=progress.step,
+            best_step=progress.best_step if early else progress.step,
+            history=rows,
+        )
+        if self.folder:
+            self.methods.export(self.model, self.folder.path)
+            draw_loss(self.folder.path / "loss.png", rows)
+            self.folder.save_results(results.to_dict())
+        return results
+
+    # Checkpoints
+
+    def _save_is_due(self) -> bool:
+        every = self.config.save_every
+        return self.folder is not None and (self._is_over() or bool(every and self.progress.step % every == 0))
+
+    def _save(self) -> None:
+        assert self.folder is not None
+        random_tensors, random_values = random_state()
+        method_tensors, method_values = split_states(self.methods.state())
+        tensors = {
+            "trained": {name: weight.detach() for name, weight in self.trained.items()},
+            "optimizer": optimizer_tensors(self.optimizer, self.trained),
+            "random": random_tensors,
+            "methods": method_tensors,
+            "best": self._best,
+        }
+        values = {
+            "progress": dataclasses.asdict(self.progress),
+            "config": self.config.resolved(),
+            "data": self._data,
+            "random": random_values,
+            "methods": method_values,
+        }
+        save_checkpoint(self.folder.checkpoints, self.progress.step, Checkpoint(tensors, values))
+
+    def _restore(self, path: Path) -> None:
+        """Take back what ``_save`` wrote; into storage of this process, for bits depend on alignment."""
+        checkpoint = load_checkpoint(path)
+        tensors, values = checkpoint.tensors, checkpoint.values
+        changes = FineTuningConfig(**values["config"]).changes(self.config)
+        if changes:
+            raise ConfigError(f"{path} was made with other settings ({'; '.join(changes)}): resume with those it had")
+        if values["data"] != self._data:
+            raise ConfigError(f"{path} was made with other training data: resume with the data it had")
+        shapes = {name: weight.shape for name, weight in self.trained.items()}
+        if shapes != {name: weight.shape for name, weight in tensors["trained"].items()}:
+            raise ConfigError(f"{path} was made with another model: resume with the model it had")
+        copy_weights(tensors["trained"], self.trained)
+        load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
+        self.methods.load_state(join_states(tensors["methods"], values["methods"]))
+        self._best = {name: value.clone() for name, value in tensors["best"].items()}
+        self.progress = Progress(**values["progress"])
+        set_random_state((tensors["random"], values["random"]))
+
+    # Small things
+
+    def _plan(self, epoch: int) -> list[list[Key]]:
+        config, size = self.config, len(self.run.sources["train"])
+        return self.methods.batches(epoch, sampler.shuffled(size, config.batch_size, config.seed, epoch))
+
+    def _load(self, sources: Mapping[str, Any], plan: list[list[Key]]) -> Iterator[Batch]:
+        config = self.config
+        return sampler.load_batches(
+            sources,
+            plan,
+            self._collate,
+            workers=config.dataloader_num_workers,
+            pin_memory=config.dataloader_pin_memory and self.device.type == "cuda",
+        )
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _bind(self, dataset: Any) -> str:
+        """Tokenise a data set and see that the model can read it; returns a hash of its examples."""
+        if hasattr(dataset, "bind"):
+            dataset.bind(self._tokenizer, self.config)
+        return sampler.check_examples(dataset, context_length(self.model))
+
+    def _divide(self, train: Any, val: Any) -> tuple[Any, Any, str]:
+        """The data to train on, the data to judge by, and what to call the latter."""
+        self._data = self._bind(train)
+        share = self.config.validation_split
+        if val is not None and share:
+            raise ConfigError(f"validation_split={share} has no effect beside a val_dataset: drop one of them")
+        if val is not None:
+            self._bind(val)
+            return train, val, "validation"
+        if share:
+            return *split(train, share, self.config.seed), "held out"
+        warnings.warn(
+            "no validation data: perplexity is that of the training data itself; give a val_dataset or "
+            "validation_split to see how the model does on what it has not learnt",
+            stacklevel=3,
+        )
+        return train, train, "training"
+
+    def _open_folder(self, resume: bool, overwrite: bool) -> RunFolder | None:
+        path = self.config.output_dir
+        if resume and overwrite:
+            raise ConfigError("resume and overwrite contradict each other: give one of them")
+        if path is None and (resume or overwrite):
+            raise ConfigError(f"{'resume' if resume else 'overwrite'} needs an output_dir")
+        return RunFolder(path, resume=resume, overwrite=overwrite) if path else None
+
+    def _last_checkpoint(self) -> str:
+        path = newest_checkpoint(self.folder.checkpoints) if self.folder else None
+        return f"; the last checkpoint is {path}, and resume goes on from there" if path else ""
+
+
+def make_methods(config: FineTuningConfig) -> list[Any]:
+    """The methods that the settings ask for, in the order of their hooks."""
+    lora = config.lora()
+    methods: list[Any] = [Full(config.dropout_rate) if lora is None else LoRA(lora)]
+    if config.freeze_layers or config.freeze_embeddings:
+        methods.append(Freeze(config.freeze_layers, config.freeze_embeddings))
+    return methods
+
+
+@torch.no_grad()
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy each tensor into the storage of the one of the same name."""
+    for name, value in source.items():
+        target[name].copy_(value)

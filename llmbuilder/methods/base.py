@@ -1,0 +1,165 @@
+"""What a fine-tuning method may do, and when.
+
+A method is an object with a ``name`` and those hooks of :class:`Method` that it needs. The loop calls them here:
+
+    prepare                     before the optimizer is made: change the model, choose what trains, add data sources
+    load_state                  on resume, after prepare
+    batches                     before each epoch: which examples form each batch
+    start_epoch                 before each epoch: what trains from here on
+    for each optimizer step:
+        loss, extra_loss        once a batch; together they make the step's loss
+        penalty                 once a step, after the last backward and before clipping: adds to ``.grad`` itself
+        after_step              once a step, after the optimizer
+    state                       at each checkpoint
+    after_task                  once, after the last step
+    export                      writes what was trained
+
+Several methods compose: each hook runs in the order in which the methods are given.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Example = Mapping[str, list[int]]
+Key = tuple[str, int]
+"""Where an example comes from: the name of a source, and the index in it."""
+
+
+@dataclass
+class Batch:
+    """What one forward pass sees: a collator's tensors, the examples that they were made of, and the target count."""
+
+    tensors: dict[str, Tensor]
+    keys: list[Key]
+    targets: int
+
+
+@dataclass
+class Run:
+    """What a method finds and may extend when it prepares.
+
+    Attributes:
+        model: the model, changed in place by methods.
+        seed: of every random choice.
+        sources: the data sets that batches draw from, by name. ``"train"`` is always there; the keys of
+            ``Method.batches`` name the others.
+    """
+
+    model: nn.Module
+    seed: int = 0
+    sources: dict[str, Sequence[Example]] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """Every hook there is. A method defines those that it needs, and no others."""
+
+    name: str
+    """Names the method's state in a checkpoint; unlike that of any other method in the run."""
+
+    def prepare(self, run: Run) -> None:
+        """Change the model and choose what trains (``requires_grad``); a frozen weight stays as it is, bit for bit.
+
+        Whatever may train in any epoch must require a gradient when all methods have prepared; ``start_epoch`` can
+        take it away for a while. Must do the same, given the same model and seed, in a resumed run.
+        """
+
+    def batches(self, epoch: int, plan: Iterable[list[Key]]) -> Iterable[list[Key]]:
+        """The keys of each batch of an epoch, made from ``plan``, those of the methods before.
+
+        Must depend on nothing but the arguments, the seed and what ``load_state`` restores, and have the same length
+        in every epoch: a resumed run asks for the plan again and goes on where it was.
+        """
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set ``requires_grad`` for this epoch. A parameter without a gradient is neither moved nor decayed, and its
+        optimizer state starts clean when it first has one."""
+
+    def loss(self, model: nn.Module, batch: Batch, window: Sequence[Batch]) -> Tensor:
+        """This batch's share of the step's loss, in place of cross-entropy over the step's targets.
+
+        ``window`` holds all batches of the optimizer step, so that whatever is averaged can be counted first. At most
+        one method of a run may define it.
+        """
+
+    def extra_loss(self, model: nn.Module, batch: Batch, window: Sequence[Batch]) -> Tensor | None:
+        """This batch's share of a term that is added to the step's loss; None where it has none."""
+
+    def penalty(self) -> float:
+        """Add a penalty's gradient to ``.grad``, once a step, before clipping; returns the penalty's value."""
+
+    def after_step(self, step: int) -> None:
+        """``step`` optimizer steps are done, this one included."""
+
+    def after_task(self, run: Run) -> None:
+        """The last step is done and the best weights, where kept, are in place: look back on the task."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, beyond the trained parameters: tensors, or values that JSON can hold, by name."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``state`` returned."""
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained into a run's folder, whole or not at all. Exactly one method of a run defines it."""
+
+
+class Methods:
+    """Several methods as one: each hook goes to those that define it, in order."""
+
+    def __init__(self, methods: Sequence[Any]) -> None:
+        self._methods = list(methods)
+
+    def _hooks(self, name: str) -> list[Callable[..., Any]]:
+        return [getattr(method, name) for method in self._methods if hasattr(method, name)]
+
+    def prepare(self, run: Run) -> None:
+        for hook in self._hooks("prepare"):
+            hook(run)
+
+    def batches(self, epoch: int, plan: Iterable[list[Key]]) -> list[list[Key]]:
+        for hook in self._hooks("batches"):
+            plan = hook(epoch, plan)
+        return list(plan)
+
+    def start_epoch(self, epoch: int) -> None:
+        for hook in self._hooks("start_epoch"):
+            hook(epoch)
+
+    def loss(self, model: nn.Module, batch: Batch, window: Sequence[Batch]) -> Tensor | None:
+        """The loss of the method that defines one, else None."""
+        for hook in self._hooks("loss"):
+            return hook(model, batch, window)
+        return None
+
+    def extra_loss(self, model: nn.Module, batch: Batch, window: Sequence[Batch]) -> Tensor | None:
+        """The sum of all extra losses, or None where there is none."""
+        terms = [hook(model, batch, window) for hook in self._hooks("extra_loss")]
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], start=given[0]) if given else None
+
+    def penalty(self) -> float:
+        return sum(hook() for hook in self._hooks("penalty"))
+
+    def after_step(self, step: int) -> None:
+        for hook in self._hooks("after_step"):
+            hook(step)
+
+    def after_task(self, run: Run) -> None:
+        for hook in self._hooks("after_task"):
+            hook(run)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        return {method.name: method.state() for method in self._methods if hasattr(method, "state")}
+
+    def load_state(self, states: dict[str, dict[str, Any]]) -> None:
+        for method in self._methods:
+            if hasattr(method, "load_state"):
+                method.load_state(states.get(method.name, {}))
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        for hook in self._hooks("export"):
+            hook(model, folder)
