@@ -192,7 +192,13 @@ def _add_product_(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
 
 @torch.library.custom_op("llmbuilder::linear_cross_entropy_sum", mutates_args=())
 def linear_cross_entropy_sum(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, ignore_index: int, needs: list[bool]
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses and its gradients by x, weight and bias where ``needs`` asks for them."""
     result = _sweep(x, weight, targets, bias, softcap, ignore_index, needs)
