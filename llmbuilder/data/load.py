@@ -1,0 +1,65 @@
+"""One door to the datasets: chosen by the settings and by the shape of the data."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+from .examples import Dataset
+from .formats import Data, Reading, read_rows
+from .shapes import shape_of
+from .task import ChatDataset, TaskDataset
+from .text import TextDataset
+from .tokens import TokenDataset
+
+
+def load_dataset(path: Data | Dataset, config: Any) -> Dataset:
+    """The dataset for these data and settings.
+
+    The first line that fits:
+
+    | data | settings | dataset |
+    |---|---|---|
+    | a dataset already (anything with ``bind``) | any | itself |
+    | rows with ``input_ids`` | any | ``TokenDataset`` |
+    | any | ``dialogue_format`` or ``task_type="conversation"`` | ``ChatDataset`` |
+    | any | ``task_type="language_modeling"`` | ``TextDataset`` with blocks of ``max_seq_length`` |
+    | plain text | ``task_type="code"`` or none | the same |
+    | any | another ``task_type`` | ``TaskDataset`` |
+    | messages | no ``task_type`` | ``ChatDataset`` |
+    | pairs | no ``task_type`` | ``TaskDataset`` of the task that the names of their columns tell |
+
+    Args:
+        path: a file or folder, rows in memory, a torch map-style dataset of tokenised examples, or a dataset.
+        config: read by name: ``task_type``, ``dialogue_format``, ``max_seq_length``.
+
+    Returns:
+        The dataset, not bound yet. Its report says what was chosen, and why.
+
+    Raises:
+        LLMBuilderError: what ``read_rows`` and the datasets raise.
+    """
+    if hasattr(path, "bind"):
+        return cast(Dataset, path)
+    if not isinstance(path, str | Path | Reading) and len(path) and "input_ids" in path[0]:
+        return TokenDataset(path)
+    reading = read_rows(path)
+    shapes = Counter(shape_of(row) for row in reading.rows)
+    shape = shapes.most_common(1)[0][0] if shapes else "unknown"
+    if shape == "tokens":
+        return TokenDataset(reading)
+    task, why = _task_type(shape, config)
+    reading.report.notes.append(f"Taken as {task}, {why}")
+    if task == "conversation":
+        return ChatDataset(reading)
+    if task == "language_modeling" or (task == "code" and shape == "text"):
+        return TextDataset(reading, block_size=getattr(config, "max_seq_length", None) or 1024)
+    return TaskDataset(reading, task)
+
+
+def _task_type(shape: str, config: Any) -> tuple[str, str]:
+    if getattr(config, "dialogue_format", False):
+        return "conversation", "as dialogue_format says"
+    if task_type := getattr(config, "task_type", None):
+        return task_type, "as task_type says"
+    by_shape = {"messages": "conversation", "text": "language_modeling", "unknown": "language_modeling"}
+    return by_shape.get(shape, shape), f"by the shape of the rows ({shape})"
