@@ -39,9 +39,9 @@ def stored_dtype(path: Path) -> torch.dtype | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def options() -> dict[str, Any]:
-    """Arguments for ``from_pretrained``: unpack all weights, even where kernels could compute on packed ones."""
-    return {"quantization_config": GgufConfig(dequantize=True)}
+def options(name: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: that file, all unpacked, even where kernels could compute on packed weights."""
+    return {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def unmark(model: Any, path: Path) -> None:

@@ -92,7 +92,7 @@ def _read(path: str | os.PathLike[str], dtype: torch.dtype | None, device: torch
         if len(files) == 1:
             return _gguf(files[0], dtype, device)
         raise LLMBuilderError(_no_model(folder, files))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):
         return _hugging_face(str(path), dtype)
     raise LLMBuilderError(f"there is no file or folder {folder}")
 
@@ -179,10 +179,11 @@ def _native_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 # --- transformers ---
 
 
-def _hugging_face(source: Path | str, dtype: torch.dtype | None, **options: Any) -> nn.Module:
-    """A transformers model and its tokenizer from a folder, a hub id, or (by ``gguf_file=``) a GGUF file."""
-    where = str(Path(source) / options["gguf_file"]) if "gguf_file" in options else str(source)
-    tokenizer = _tokenizer(source, where, **options)
+def _hugging_face(source: Path | str, dtype: torch.dtype | None, gguf_file: str | None = None) -> nn.Module:
+    """A transformers model and its tokenizer from a folder, a hub id, or a GGUF file in a folder."""
+    where = str(Path(source) / gguf_file) if gguf_file else str(source)
+    tokenizer = _tokenizer(source, where, gguf_file)
+    options = gguf.options(gguf_file) if gguf_file else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
@@ -202,7 +203,8 @@ def _hugging_face(source: Path | str, dtype: torch.dtype | None, **options: Any)
     return model
 
 
-def _tokenizer(source: Path | str, where: str, **options: Any) -> PreTrainedTokenizerFast:
+def _tokenizer(source: Path | str, where: str, gguf_file: str | None) -> PreTrainedTokenizerFast:
+    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False, **options)
     except Exception as error:  # as above
@@ -228,6 +230,6 @@ def _unreadable(where: str, part: str, error: Exception) -> str:
 def _gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     if dtype is None:
         dtype = gguf.stored_dtype(path) or (torch.bfloat16 if computes_bf16(device) else torch.float32)
-    model = _hugging_face(path.parent, dtype, gguf_file=path.name, **gguf.options())
+    model = _hugging_face(path.parent, dtype, path.name)
     gguf.unmark(model, path)
     return model

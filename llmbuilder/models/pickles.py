@@ -1,15 +1,20 @@
 """Reading tensors out of pickle files without running anything that a file holds."""
 
+import io
+import logging
 import pickle
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import LLMBuilderError
+
+logger = logging.getLogger(__name__)
 
 
 def load_tensors(path: Path) -> Any:
@@ -41,12 +46,16 @@ def refusal(path: Path, error: Exception) -> LLMBuilderError:
 
 
 def foreign_globals(path: Path) -> list[str]:
-    """Names outside torch and collections that the file's pickle would import, found by reading its opcodes."""
+    """Names outside torch and collections that the file's pickles would import, found by reading their opcodes."""
+    found: dict[str, None] = {}
     try:
-        names = _globals(_pickle_bytes(path))
-    except Exception:  # pickletools raises anything on garbage; then there is nothing to name
-        return []
-    return [name for name in names if name.split(".")[0] not in ("torch", "collections")]
+        stream = io.BytesIO(_pickle_bytes(path))
+        while True:  # the older format is several pickles in a row, then bare numbers
+            for name in _globals(stream):
+                found[name] = None
+    except Exception as end:  # pickletools raises anything at all where the pickles end or are damaged
+        logger.debug("%s: no more names: %s", path, end)
+    return [name for name in found if name.split(".")[0] not in ("torch", "collections")]
 
 
 def _pickle_bytes(path: Path) -> bytes:
@@ -56,29 +65,25 @@ def _pickle_bytes(path: Path) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
-def _globals(data: bytes) -> list[str]:
-    """Every global that a pickle names: GLOBAL holds its name, STACK_GLOBAL takes the two strings pushed last."""
-    found: dict[str, None] = {}
+def _globals(stream: io.BytesIO) -> Iterator[str]:
+    """Every global that one pickle names: GLOBAL holds its name, STACK_GLOBAL takes the two strings pushed last."""
     memo: dict[int, Any] = {}
     strings: list[str] = []
     pushed: Any = None
     argument: Any
-    for opcode, argument, _ in pickletools.genops(data):
+    for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in ("GLOBAL", "INST"):
-            found[argument.replace(" ", ".")] = None
+            yield argument.replace(" ", ".")
         elif opcode.name == "STACK_GLOBAL":
-            found[".".join(strings[-2:])] = None
+            yield ".".join(strings[-2:])
         elif opcode.name == "MEMOIZE":
             memo[len(memo)] = pushed
         elif "PUT" in opcode.name:
-            memo[int(argument)] = pushed
-        elif "GET" in opcode.name:
-            argument = memo.get(int(argument))
-        if opcode.name not in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-            pushed = argument
-            if isinstance(argument, str):
-                strings.append(argument)
-    return list(found)
+            memo[argument] = pushed
+        else:
+            pushed = memo.get(argument) if "GET" in opcode.name else argument
+            if isinstance(pushed, str):
+                strings.append(pushed)
 
 
 def _first_line(error: Exception) -> str:
