@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import collate
 from ..errors import LLMBuilderError
 from ..methods import Batch, Example, Key
-from .config import FineTuningConfig
 
 IGNORED = -100
 T = TypeVar("T")
@@ -34,18 +32,6 @@ def in_order(size: int, batch_size: int) -> list[list[Key]]:
 def batched(items: Sequence[T], size: int) -> list[list[T]]:
     """Cut into lists of ``size``, the last one maybe shorter."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-class Collate:
-    """``data.collate`` with a run's settings; an object, so that worker processes can be handed it."""
-
-    def __init__(self, config: FineTuningConfig, tokenizer: Any) -> None:
-        self.collator = config.data_collator
-        self.max_length = config.max_seq_length
-        self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-
-    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        return collate(examples, self.collator, self.pad_id, self.max_length)
 
 
 def check_examples(dataset: Sequence[Example], context: int | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import split
+from ..data import Collator, split
 from ..errors import ConfigError, LLMBuilderError
 from ..methods import Batch, Freeze, Full, Key, LoRA, Methods, Run
 from ..models import context_length
@@ -92,7 +92,9 @@ class FineTuner:
         self._resume = resume
         self._trained = False
         self._tokenizer = getattr(model, "tokenizer", None)
-        self._collate = sampler.Collate(self.config, self._tokenizer)
+        self._collate = Collator(
+            self.config.data_collator, getattr(self._tokenizer, "pad_token_id", None) or 0, self.config.max_seq_length
+        )
         train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
 
         self.device = place(model, self.config)
@@ -407,6 +409,8 @@ class FineTuner:
         if val is not None:
             self._bind(val)
             return train, val, "validation"
+        if share and not hasattr(train, "task_type"):
+            raise ConfigError("validation_split needs a data set of llmbuilder.data; of a plain sequence give the parts")
         if share:
             return *split(train, share, self.config.seed), "held out"
         warnings.warn(
