@@ -77,8 +77,8 @@ class LanguageHead:
 
     def _target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What predicts each target, [n, K], and the targets, [n]: hidden states, or logits where the probe failed."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        inputs = {**inputs, **_no_cache(self.model)}
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+        inputs |= _no_cache(self.model)
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
             inputs["attention_mask"] = _packing_mask(self.model, mask)
         head = self._head
@@ -123,7 +123,7 @@ class LanguageHead:
 
     def _chunks(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rows = chunk_rows(_text_config(self.model).vocab_size, torch.float32)
-        return zip(states.split(rows), targets.split(rows), strict=True)
+        return zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
 
     @cached_property
     def _is_interceptable(self) -> bool:
@@ -139,11 +139,11 @@ class LanguageHead:
 
     @torch.no_grad()
     def _probe(self) -> str | None:
-        """Why the head may not be intercepted: hand the model made-up logits in its head's place and look at its own."""
+        """Why not: the model gets made-up logits from its head, and its own must be these, soft-capped."""
         head = _output_layer(self.model)
         if head is None:
             return "it has no output embeddings"
-        forward, made_up = head.forward, []
+        forward, made_up = head.forward, list[Tensor]()
 
         def answer(hidden: Tensor) -> Tensor:
             like = forward(hidden)
@@ -165,11 +165,11 @@ class LanguageHead:
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
+    return get() if callable(get) else None
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = model.config
+    config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -233,12 +233,7 @@ def _packing_mask(model: nn.Module, mask: Tensor) -> Tensor | dict[str, Tensor]:
     def ready(visible: Tensor) -> Tensor:
         if config._attn_implementation != "eager":
             return visible
-        dtype = (
-            torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
-        )
-        return torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill_(
-            ~visible, torch.finfo(dtype).min
-        )
+        return torch.zeros(visible.shape, device=mask.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())

@@ -9,7 +9,7 @@ Source: Wijmans et al. 2024 (arXiv 2411.09009), by chunks and with the library's
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from . import _backend, _gemm
 
 CHUNK_BYTES = 64 * 2**20
 MAX_CHUNK_ROWS = 8192
+NO_GRADS = (False, False, False)
 
 
 def linear_cross_entropy(
@@ -86,7 +87,7 @@ def score_tokens(
     Arguments, dtypes and errors are those of ``linear_cross_entropy``.
     """
     rows, weight, labels, bias, cap = _prepare(x, weight, targets, bias, softcap)
-    result = _sweep(rows, weight, labels, bias, cap, ignore_index, (False, False, False))
+    result = _sweep(rows, weight, labels, bias, cap, ignore_index, NO_GRADS)
     return result.losses.reshape(targets.shape), result.predictions.reshape(targets.shape)
 
 
@@ -157,7 +158,7 @@ def _sweep(
     dbias = x.new_zeros(len(weight), dtype=sums) if need_bias else x.new_empty(0)
     softmax_cross_entropy_ = _backend.serve("softmax_cross_entropy_", x)
     with torch.autocast(x.device.type, enabled=False):
-        for chunk in rows.split(chunk_rows(len(weight), x.dtype)) if len(rows) else ():
+        for chunk in torch.split(rows, chunk_rows(len(weight), x.dtype)) if len(rows) else ():
             part = x[chunk]
             logits = _gemm.linear(part, weight, bias)
             chunk_weights = None if row_weights is None else row_weights[chunk]
@@ -200,57 +201,13 @@ def linear_cross_entropy_sum(
     ignore_index: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses and its gradients by x, weight and bias where ``needs`` asks for them."""
+    """The sum of the losses, and its gradients by x, weight and bias where ``needs`` asks for them."""
     result = _sweep(x, weight, targets, bias, softcap, ignore_index, needs)
     return result.total, result.dx, result.dweight, result.dbias
 
 
 @linear_cross_entropy_sum.register_fake
-def _(x, weight, targets, bias, softcap, ignore_index, needs):
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    grads = (x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
-    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *grads
-
-
-class LinearCrossEntropySum(torch.autograd.Function):
-    """Keeps the gradients that the forward sweep computed, and scales them."""
-
-    forward = staticmethod(linear_cross_entropy_sum)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *_, ctx.needs = inputs
-        _, *grads = output
-        ctx.mark_non_differentiable(*grads)
-        ctx.save_for_backward(*grads)
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        dx, dweight, dbias = (g * grad if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
-        return dx, dweight, None, dbias, None, None, None
-
-
-linear_cross_entropy_sum.register_autograd(
-    LinearCrossEntropySum.backward, setup_context=LinearCrossEntropySum.setup_context
-)
-
-
-@torch.library.custom_op("llmbuilder::linear_cross_entropy_losses", mutates_args=())
-def linear_cross_entropy_losses(
-    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, ignore_index: int
-) -> Tensor:
-    """One loss a row; 0 where ignored."""
-    return _sweep(x, weight, targets, bias, softcap, ignore_index, (False, False, False)).losses
-
-
-@linear_cross_entropy_losses.register_fake
-def _(x, weight, targets, bias, softcap, ignore_index):
-    return x.new_empty(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@torch.library.custom_op("llmbuilder::linear_cross_entropy_losses_backward", mutates_args=())
-def linear_cross_entropy_losses_backward(
-    grad: Tensor,
+def _(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -258,39 +215,84 @@ def linear_cross_entropy_losses_backward(
     softcap: float,
     ignore_index: int,
     needs: list[bool],
+) -> tuple[Tensor, ...]:
+    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *_fake_grads(x, weight, needs)
+
+
+def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, ctx.needs = inputs
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.save_for_backward(*grads)
+
+
+def _sum_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = (g * grad if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
+    return dx, dweight, None, dbias, None, None, None
+
+
+linear_cross_entropy_sum.register_autograd(_sum_backward, setup_context=_sum_setup_context)
+
+
+@torch.library.custom_op("llmbuilder::linear_cross_entropy_losses", mutates_args=())
+def linear_cross_entropy_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, ignore_index: int
+) -> Tensor:
+    """One loss a row; 0 where ignored."""
+    return _sweep(x, weight, targets, bias, softcap, ignore_index, NO_GRADS).losses
+
+
+@linear_cross_entropy_losses.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, ignore_index: int) -> Tensor:
+    return x.new_empty(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _losses_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, targets, bias, ctx.softcap, ctx.ignore_index = inputs
+    ctx.save_for_backward(x, weight, targets, bias)
+
+
+def _losses_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, targets, bias = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = linear_cross_entropy_grads(x, weight, targets, bias, ctx.softcap, ctx.ignore_index, needs, grad)
+    dx, dweight, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dx, dweight, None, dbias, None, None
+
+
+linear_cross_entropy_losses.register_autograd(_losses_backward, setup_context=_losses_setup_context)
+
+
+@torch.library.custom_op("llmbuilder::linear_cross_entropy_grads", mutates_args=())
+def linear_cross_entropy_grads(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    needs: list[bool],
+    row_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Σ grad·loss by x, weight and bias where ``needs`` asks for them."""
-    result = _sweep(x, weight, targets, bias, softcap, ignore_index, needs, row_weights=grad.contiguous())
+    """Gradients of Σ row_weight·loss by x, weight and bias where ``needs`` asks for them."""
+    result = _sweep(x, weight, targets, bias, softcap, ignore_index, needs, row_weights)
     return result.dx, result.dweight, result.dbias
 
 
-@linear_cross_entropy_losses_backward.register_fake
-def _(grad, x, weight, targets, bias, softcap, ignore_index, needs):
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+@linear_cross_entropy_grads.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    needs: list[bool],
+    row_weights: Tensor,
+) -> tuple[Tensor, ...]:
+    return _fake_grads(x, weight, needs)
 
 
-class LinearCrossEntropyLosses(torch.autograd.Function):
-    """Keeps the inputs, and sweeps again with the incoming gradient as weights of the rows."""
-
-    forward = staticmethod(linear_cross_entropy_losses)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, targets, bias, ctx.softcap, ctx.ignore_index = inputs
-        ctx.save_for_backward(x, weight, targets, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, targets, bias = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        grads = linear_cross_entropy_losses_backward(
-            grad, x, weight, targets, bias, ctx.softcap, ctx.ignore_index, needs
-        )
-        dx, dweight, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return dx, dweight, None, dbias, None, None
-
-
-linear_cross_entropy_losses.register_autograd(
-    LinearCrossEntropyLosses.backward, setup_context=LinearCrossEntropyLosses.setup_context
-)
+def _fake_grads(x: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    shapes: tuple[Sequence[int], ...] = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
