@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from task import Scores, Task, answers, score
 
-from llmbuilder.data import TaskDataset
-from llmbuilder.finetune import FineTuner, FineTuningConfig
+from llmbuilder.finetune import FineTuner
 
 OUTPUT = pathlib.Path("runs/demo")
 console = Console(width=110, highlight=False)
@@ -77,12 +76,9 @@ def said(task: Task) -> dict[str, str]:
 
 
 def train(task: Task):
-    first = next(iter(task.held_out.values()))
-    kind = "conversation"
-    config = FineTuningConfig(**task.settings, task_type=kind, use_lora=True, output_dir=str(OUTPUT), seed=0)
-    train_set = TaskDataset(task.rows(task.train), kind)
-    validation = TaskDataset(task.rows(first), kind)
-    return FineTuner(task.model, train_set, validation, config, overwrite=True).train()
+    validation = task.dataset(next(iter(task.held_out.values())))
+    config = task.config(output_dir=str(OUTPUT))
+    return FineTuner(task.model, task.dataset(task.train), validation, config, overwrite=True).train()
 
 
 def show(task: Task, before: dict[str, Scores], after: dict[str, Scores], replies: list[dict[str, str]]) -> None:

