@@ -1,1 +1,1 @@
-"""Triton kernels, installed as llmbuilder.kernels. Importing this package does nothing; importing one of its files needs triton."""
+"""Triton kernels, installed as llmbuilder.kernels. Importing one of its files needs triton."""

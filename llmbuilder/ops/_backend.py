@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LLMBuilderError, nearest
+from . import _native
 
 VARIABLE = "LLMBUILDER_BACKEND"
 
@@ -46,18 +47,17 @@ def _triton_unfit(device: str, dtype: torch.dtype) -> str:
         return "triton is not installed; `pip install 'llmbuilder[triton]'` brings it"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton's kernels run on a GPU, the tensor is on {device}"
-    return "" if dtype in _NARROW else f"no kernels for {_short(dtype)}"
+    return "" if dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no kernels for {_short(dtype)}"
 
 
 def _cpu_unfit(device: str, dtype: torch.dtype) -> str:
     if device != "cpu":
         return f"the tensor is on {device}"
-    if importlib.util.find_spec("llmbuilder._C") is None:
-        return "the extension llmbuilder._C is not built; `pip install .` in the source folder builds it"
-    return "" if dtype in _NARROW else f"no kernels for {_short(dtype)}"
+    if not _native.available():
+        return _native.why_not()
+    return "" if _native.serves(dtype) else f"no kernels for {_short(dtype)}"
 
 
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # In the order of preference.
 BACKENDS = {
     "cuda": Backend(_cuda_unfit),
@@ -66,14 +66,14 @@ BACKENDS = {
     "reference": Backend(lambda device, dtype: ""),
 }
 OPERATORS = {
-    "dropout": {"triton": "kernels.dropout", "reference": "ops.reference"},
-    "lora_shrink": {"reference": "ops.reference"},
-    "lora_expand_": {"reference": "ops.reference"},
-    "lora_grad_sb": {"reference": "ops.reference"},
-    "lora_grad_ax_": {"reference": "ops.reference"},
-    "ewc_penalty_": {"reference": "ops.reference"},
-    "ewc_accumulate_": {"reference": "ops.reference"},
-    "softmax_cross_entropy_": {"reference": "ops.reference"},
+    "dropout": {"cpu": "ops._cpu", "triton": "kernels.dropout", "reference": "ops.reference"},
+    "lora_shrink": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "lora_expand_": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "lora_grad_sb": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "lora_grad_ax_": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "ewc_penalty_": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "ewc_accumulate_": {"cpu": "ops._cpu", "reference": "ops.reference"},
+    "softmax_cross_entropy_": {"cpu": "ops._cpu", "reference": "ops.reference"},
 }
 
 

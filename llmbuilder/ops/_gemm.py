@@ -1,8 +1,8 @@
 """The frozen base product, by the fastest library path at hand.
 
-In fp32 oneDNN's AVX-512 path can be twice as fast as torch's default. The operator that reaches it is private to torch, so one
-probe looks whether it is there and as precise as `F.linear`; where it is not, `F.linear` serves. No process-wide
-setting is read or changed. The choice depends on dtype, device and shape alone: equal calls give equal bits.
+In fp32 oneDNN's AVX-512 path can be twice as fast as torch's default. The operator that reaches it is private to
+torch, so one probe looks whether it is there and as precise as `F.linear`; where it is not, `F.linear` serves. No
+process-wide setting is changed. The choice depends on dtype, device and shape alone: equal calls give equal bits.
 """
 
 import functools
@@ -18,13 +18,17 @@ _WORTHWHILE = 2**19
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x [M, K] and W [N, K] of any strides, W of x's dtype."""
     if _worthwhile(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def linear_grad(dY: Tensor, weight: Tensor) -> Tensor:
     """dY W, the gradient with respect to x of ``linear``."""
     return linear(dY, weight.t())
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _worthwhile(x: Tensor, weight: Tensor) -> bool:
@@ -42,7 +46,7 @@ def onednn_is_precise() -> bool:
     x, weight = (torch.randn(rows, 512, generator=generator) for rows in (96, 80))
     exact = x.double() @ weight.double().t()
     try:
-        product = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        product = _onednn(x, weight, None)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 

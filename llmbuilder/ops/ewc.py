@@ -29,7 +29,7 @@ def ewc_penalty(
         strength: factor of the whole penalty.
 
     Returns:
-        Scalar, fp32 (fp64 where a param is fp64), summed in fp64; differentiable once, with respect to the params. 0 for no params.
+        Scalar, fp32 (fp64 where a param is fp64), summed in fp64; 0 for no params. Differentiable once, in the params.
 
     Raises:
         ValueError: lists of unequal length, or a tensor unlike its param; the text names both.

@@ -42,8 +42,8 @@ def lora_linear(
         p, seed, stream: dropout of the update's input, as for ``dropout``.
 
     Returns:
-        [..., N] in x's dtype. Sums are fp32 for fp32, bf16 and fp16, fp64 for fp64; the same call gives the same bits. With lora_B = 0
-        it equals the frozen layer within one rounding. Under autocast x, weight and bias are cast as for `F.linear`.
+        [..., N] in x's dtype. Sums are fp32 (fp64 for fp64), and the same call gives the same bits. With lora_B = 0 it
+        equals the frozen layer within one rounding. Under autocast x, weight and bias are cast as `F.linear` does.
         Differentiable once.
 
     Raises:
@@ -293,7 +293,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _own_dtypes(x: Tensor) -> torch.autocast:
-    """What autocast had to cast is cast by now; in here, as in a backward pass under autocast, it must not cast more."""
+    """What autocast had to cast is cast by now: here, and in a backward pass under autocast, it must cast no more."""
     return torch.autocast(x.device.type, enabled=False)
 
 
