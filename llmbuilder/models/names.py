@@ -1,0 +1,243 @@
+"""What a layer is called in each architecture: one table from the names of the settings to the modules' own.
+
+    resolve(model, ["attention.query", "mlp"]) -> [Target("model.layers.0.self_attn.q_proj", ...), ...]
+
+A name that the table gives as ``layer:part`` means certain rows of a fused layer's output (GPT-2's ``c_attn`` holds
+query, key and value). Each part is adapted on its own, so that a setting means the same on fused and split models.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, nearest
+from .gpt import GPT
+
+GROUPS = {
+    "attention": ("attention.query", "attention.key", "attention.value", "attention.output"),
+    "mlp": ("mlp.dense",),
+}
+SPECIAL = ("embeddings", "all", "all-linear")
+
+Names = Mapping[str, tuple[str, ...]]
+
+_NATIVE: Names = {
+    "attention.query": ("attention.query",),
+    "attention.key": ("attention.key",),
+    "attention.value": ("attention.value",),
+    "attention.output": ("attention.output",),
+    "mlp.dense": ("mlp.gate", "mlp.up", "mlp.down"),
+}
+_LLAMA: Names = {
+    "attention.query": ("self_attn.q_proj",),
+    "attention.key": ("self_attn.k_proj",),
+    "attention.value": ("self_attn.v_proj",),
+    "attention.output": ("self_attn.o_proj",),
+    "mlp.dense": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+_GPT2: Names = {
+    "attention.query": ("attn.c_attn:query",),
+    "attention.key": ("attn.c_attn:key",),
+    "attention.value": ("attn.c_attn:value",),
+    "attention.output": ("attn.c_proj",),
+    "mlp.dense": ("mlp.c_fc", "mlp.c_proj"),
+}
+_GPT_NEOX: Names = {
+    "attention.query": ("attention.query_key_value:query",),
+    "attention.key": ("attention.query_key_value:key",),
+    "attention.value": ("attention.query_key_value:value",),
+    "attention.output": ("attention.dense",),
+    "mlp.dense": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+}
+_PHI: Names = {**_LLAMA, "attention.output": ("self_attn.dense",), "mlp.dense": ("mlp.fc1", "mlp.fc2")}
+_PHI3: Names = {
+    "attention.query": ("self_attn.qkv_proj:query",),
+    "attention.key": ("self_attn.qkv_proj:key",),
+    "attention.value": ("self_attn.qkv_proj:value",),
+    "attention.output": ("self_attn.o_proj",),
+    "mlp.dense": ("mlp.gate_up_proj:gate", "mlp.gate_up_proj:up", "mlp.down_proj"),
+}
+FAMILIES: Mapping[str, Names] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "phi": _PHI,
+    "phi3": _PHI3,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to adapt: its path, the module, and the parts of its output (none: the whole)."""
+
+    path: str
+    module: nn.Module
+    parts: tuple[str, ...] = ()
+
+
+def resolve(model: nn.Module, target_modules: list[str] | str, exclude: list[str] | None = None) -> list[Target]:
+    """The layers that ``target_modules`` names, each once, in the order of the model.
+
+    Args:
+        model: a causal language model; layers that carry an adapter already are found under their own path.
+        target_modules: names as in ``LoRAConfig.target_modules``. A layer's own name means the whole layer, also where
+            another name means a part of it.
+        exclude: ends of paths of modules that are left out, with all that they hold.
+
+    Raises:
+        ConfigError: a name that matches nothing (the text lists what the model has), or only layers that can't be
+            adapted, or nothing that ``exclude`` leaves.
+    """
+    layers = dict(named_layers(model))
+    found: dict[str, set[str]] = {}
+    for name in [target_modules] if isinstance(target_modules, str) else target_modules:
+        for path, part in _matches(model, layers, name):
+            found.setdefault(path, set()).add(part)
+    if exclude:
+        inside = [path for path in layers if any(path_ends(path, name) for name in exclude)]
+        found = {path: parts for path, parts in found.items() if not any(_within(path, top) for top in inside)}
+        if not found:
+            raise ConfigError(f"target_modules={target_modules!r} names nothing outside modules_to_save={exclude!r}")
+    targets: dict[int, Target] = {}
+    for path, module in layers.items():
+        if path in found:
+            parts = () if "" in found[path] else tuple(part for part in part_rows(model, path) if part in found[path])
+            targets.setdefault(id(module), Target(path, module, parts))
+    return list(targets.values())
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, a shared one at each of its places; a wrapper of an adapter counts as its base."""
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        while getattr(type(module), "wraps_base", False):
+            module = module.base  # type: ignore[assignment]
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def part_rows(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """For a fused layer the output rows of each of its parts, int64; for any other layer nothing."""
+    fused = {own.partition(":")[0] for entry in _names(model).values() for own in entry if ":" in own}
+    return _LAYOUTS[path.rpartition(".")[2]](model.config) if any(path_ends(path, layer) for layer in fused) else {}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a linear adapter fits: ``nn.Linear`` or transformers' ``Conv1D``, called as a module."""
+    # The out_proj of nn.MultiheadAttention has this class; its weight is used, but the module is never called.
+    uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, nn.Linear | Conv1D) and not uncalled
+
+
+def _matches(model: nn.Module, layers: dict[str, nn.Module], name: str) -> list[tuple[str, str]]:
+    """(path, part) of each layer that one name means; part is "" for the whole layer."""
+    if name in ("all", "all-linear"):
+        head = _output_layer(model)
+        return [(path, "") for path, module in layers.items() if is_linear(module) and module is not head]
+    if name == "embeddings":
+        embeddings = _unwrapped(model.get_input_embeddings())
+        return [(path, "") for path, module in layers.items() if module is embeddings]
+    table = _names(model)
+    own = [own for guide in GROUPS.get(name, (name,)) for own in table.get(guide, ())] or [name]
+    pairs = [(layer, part) for layer, _, part in (entry.partition(":") for entry in own)]
+    named = [(path, part) for path in layers for layer, part in pairs if path_ends(path, layer)]
+    matches = [(path, part) for path, part in named if is_linear(layers[path]) or _is_embedding(layers[path])]
+    for path, _ in matches:
+        _check_weight(path, layers[path])
+    if matches:
+        return matches
+    if named:
+        kind = type(layers[named[0][0]]).__name__
+        raise ConfigError(
+            f"target_modules: '{name}' is a {kind}; adapters fit linear layers, Conv1D and embeddings only"
+        )
+    raise ConfigError(_nothing(model, layers, name))
+
+
+def _nothing(model: nn.Module, layers: dict[str, nn.Module], name: str) -> str:
+    table = _names(model)
+    common = [*(GROUPS if table else ()), *table, *SPECIAL]
+    own = sorted({path.rpartition(".")[2] for path, m in layers.items() if is_linear(m) or _is_embedding(m)})
+    return (
+        f"target_modules: '{name}' matches no layer of {type(model).__name__}{nearest(name, [*common, *own])}. "
+        f"It has: {', '.join(common)}; by their own names: {', '.join(own)}"
+    )
+
+
+def _names(model: nn.Module) -> Names:
+    """The model's row of the table; empty for an architecture that has none."""
+    if isinstance(model, GPT):
+        return _NATIVE
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), {})
+
+
+def path_ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _within(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}.")
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+    return None if module is None else next(named_layers(module))[1]
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return _unwrapped(get()) if get else None
+
+
+def _check_weight(path: str, module: nn.Module) -> None:
+    weight = module.weight
+    if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        raise ConfigError(
+            f"target_modules: the weight of '{path}' is quantised; adapters on quantised layers are not yet available: "
+            "load the model in fp32, bf16 or fp16"
+        )
+
+
+def _thirds(config: Any) -> dict[str, Tensor]:
+    """GPT-2: all of query, then all of key, then all of value."""
+    rows = torch.arange(3 * config.hidden_size)
+    return dict(zip(("query", "key", "value"), rows.chunk(3), strict=True))
+
+
+def _thirds_by_head(config: Any) -> dict[str, Tensor]:
+    """GPT-NeoX: query, key and value of the first head, then of the second, and so on."""
+    rows = torch.arange(3 * config.hidden_size).view(config.num_attention_heads, 3, -1)
+    return {part: rows[:, i].flatten() for i, part in enumerate(("query", "key", "value"))}
+
+
+def _by_heads(config: Any) -> dict[str, Tensor]:
+    """Phi-3: query heads, key heads, value heads; grouped attention has fewer of the latter two."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, key = size * config.num_attention_heads, size * config.num_key_value_heads
+    rows = torch.arange(query + 2 * key)
+    return dict(zip(("query", "key", "value"), rows.split([query, key, key]), strict=True))
+
+
+def _halves(config: Any) -> dict[str, Tensor]:
+    """Phi-3: all of gate, then all of up."""
+    rows = torch.arange(2 * config.intermediate_size)
+    return dict(zip(("gate", "up"), rows.chunk(2), strict=True))
+
+
+_LAYOUTS: Mapping[str, Callable[[Any], dict[str, Tensor]]] = {
+    "c_attn": _thirds,
+    "query_key_value": _thirds_by_head,
+    "qkv_proj": _by_heads,
+    "gate_up_proj": _halves,
+}

@@ -1,0 +1,36 @@
+"""Layers with adapters, and the head that turns hidden states into a loss."""
+
+from .adapters import (
+    activate_adapters,
+    active_adapters,
+    adapters_disabled,
+    combine_adapters,
+    deactivate_adapter,
+    delete_adapter,
+    list_adapters,
+)
+from .config import LoRAConfig
+from .heads import LanguageHead
+from .inject import add_lora
+from .lora import LoRAEmbedding, LoRALinear
+from .merge import merge_lora, unmerge_lora
+from .peft_format import load_adapter, save_adapter
+
+__all__ = [
+    "LanguageHead",
+    "LoRAConfig",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "activate_adapters",
+    "active_adapters",
+    "adapters_disabled",
+    "add_lora",
+    "combine_adapters",
+    "deactivate_adapter",
+    "delete_adapter",
+    "list_adapters",
+    "load_adapter",
+    "merge_lora",
+    "save_adapter",
+    "unmerge_lora",
+]

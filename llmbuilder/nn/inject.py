@@ -1,0 +1,173 @@
+"""Adding an adapter to a model: which layers, wrapped in place, everything else frozen."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import ConfigError, LLMBuilderError, nearest
+from ..models.names import Target, named_layers, part_rows, path_ends, resolve
+from .config import LoRAConfig
+from .lora import WHOLE, LoRAEmbedding, LoRALinear, Piece, TrainedCopy
+from .state import AdapterState, TrainedBiases, check_unmerged, find_state, shares_of, wrappers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layer's share in a new adapter."""
+
+    path: str
+    module: nn.Module
+    pieces: Mapping[str, Piece]
+    scaling: float
+
+
+def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "default") -> None:
+    """Add an adapter that trains to a model, in place, and freeze all the rest.
+
+    Each target layer becomes a :class:`LoRALinear` or :class:`LoRAEmbedding` that holds the layer itself; a layer that
+    stands at two places is wrapped once, and serves both. The adapter starts at zero: the model's outputs stay the
+    same. It becomes the only active adapter, and what trains is its A and B, biases as ``config.bias`` says, and its
+    copies of ``config.modules_to_save``.
+
+    Args:
+        model: any module; names such as ``"attention"`` need an architecture of ``models.names``.
+        config: rank 16 on the attention layers unless given.
+        name: what to call the adapter; one that the model lacks so far.
+
+    Raises:
+        ConfigError: a target or module name that matches nothing, or a second adapter that trains biases.
+        LLMBuilderError: the name is taken or unusable, or adapters are merged. The model is then as it was.
+    """
+    config = config or LoRAConfig()
+    targets = resolve(model, config.target_modules, exclude=config.modules_to_save)
+    plans = [Plan(t.path, t.module, _pieces(model, t, config.rank), config.scaling) for t in targets]
+    attach(model, name, config, plans, _modules_to_save(model, config.modules_to_save))
+
+
+def attach(
+    model: nn.Module, name: str, config: LoRAConfig, plans: Sequence[Plan], copied: Mapping[str, nn.Module]
+) -> None:
+    """Wrap what is not wrapped yet, add the adapter's share to each wrapper, make it the active one and freeze the rest.
+
+    Nothing is changed before everything is made.
+    """
+    state = find_state(model) or AdapterState()
+    check_unmerged(state)
+    _check_name(state, name)
+    existing = {id(wrapper.base): wrapper for wrapper in wrappers(model)}
+    places = _places(model, [plan.module for plan in plans] + list(copied.values()))
+    made: list[tuple[nn.Module, nn.Module]] = []
+    for plan in plans:
+        kind = LoRAEmbedding if isinstance(plan.module, nn.Embedding) else LoRALinear
+        wrapper = existing.get(id(plan.module)) or kind(plan.module, state)
+        if not isinstance(wrapper, LoRALinear | LoRAEmbedding):
+            raise LLMBuilderError(f"'{plan.path}' is trained whole by another adapter (modules_to_save)")
+        made.append((wrapper, wrapper.new_update(plan.pieces, plan.scaling, config.dropout)))
+    for path, module in copied.items():
+        wrapper = existing.get(id(module)) or TrainedCopy(module, state)
+        if not isinstance(wrapper, TrainedCopy) or any(True for _ in wrappers(module)):
+            raise LLMBuilderError(f"modules_to_save: '{path}' carries low-rank adapters already")
+        made.append((wrapper, copy.deepcopy(module)))
+    biases = _trained_biases(model, state, name, config, plans, copied)
+
+    for wrapper, share in made:
+        for parent, child in places[id(wrapper.base)] if id(wrapper.base) not in existing else ():
+            parent._modules[child] = wrapper
+        shares_of(wrapper)[name] = share
+    state.configs[name] = config
+    state.biases = biases or state.biases
+    model.requires_grad_(False)
+    set_active(model, state, {name: 1.0}, [name])
+
+
+def set_active(model: nn.Module, state: AdapterState, active: Mapping[str, float], train: Sequence[str]) -> None:
+    """Make exactly these adapters take part, and of all adapters' parameters exactly those of ``train`` train."""
+    state.active = dict(active)
+    state.switch_biases()
+    for wrapper in wrappers(model):
+        for name, share in shares_of(wrapper).items():
+            share.requires_grad_(name in train)
+    if state.biases is not None:
+        for parameter in state.biases.parameters:
+            parameter.requires_grad_(state.biases.owner in train)
+
+
+def _pieces(model: nn.Module, target: Target, rank: int) -> dict[str, Piece]:
+    if not target.parts:
+        return {WHOLE: Piece(rank)}
+    rows = part_rows(model, target.path)
+    return {part: Piece(rank, rows[part]) for part in target.parts}
+
+
+def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Path and module of each module that a name's end fits; a shared one once."""
+    layers = dict(named_layers(model))
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name in names:
+        matches = [(path, module) for path, module in layers.items() if path_ends(path, name)]
+        if not matches:
+            leaves = sorted({path.rpartition(".")[2] for path in layers if path and not path[-1].isdigit()})
+            raise ConfigError(
+                f"modules_to_save: '{name}' matches no module of {type(model).__name__}{nearest(name, leaves)}. "
+                f"It has: {', '.join(leaves)}"
+            )
+        for path, module in matches:
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                raise ConfigError(
+                    f"modules_to_save: '{path}' is a {type(module).__name__}, which is never called itself"
+                )
+            found.setdefault(id(module), (path, module))
+    paths = [path for path, _ in found.values()]
+    for path in paths:
+        if any(path.startswith(f"{other}.") for other in paths):
+            raise ConfigError(f"modules_to_save: '{path}' lies inside another module of the list")
+    return dict(found.values())
+
+
+def _check_name(state: AdapterState, name: str) -> None:
+    if name in state.configs:
+        raise LLMBuilderError(
+            f"the model has an adapter called '{name}': choose another name, or delete that one first"
+        )
+    # Adapters live in nn.ModuleDicts, whose keys become attributes.
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise LLMBuilderError(f"'{name}' can't be the name of an adapter: use a plain word without dots")
+
+
+def _places(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where in the tree each module stands: (parent, name in the parent), by the module's id."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {id(module): [] for module in modules}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None and id(module) in places:
+                places[id(module)].append((parent, child))
+    if any(not found for found in places.values()):
+        raise LLMBuilderError(
+            f"{type(model).__name__} is itself the layer to wrap: put it in a module, e.g. nn.Sequential"
+        )
+    return places
+
+
+def _trained_biases(
+    model: nn.Module,
+    state: AdapterState,
+    name: str,
+    config: LoRAConfig,
+    plans: Sequence[Plan],
+    copied: Mapping[str, nn.Module],
+) -> TrainedBiases | None:
+    if config.bias == "none":
+        return None
+    if state.biases is not None:
+        raise ConfigError(f"bias='{config.bias}': the adapter '{state.biases.owner}' trains biases, and only one can")
+    if config.bias == "all":
+        whole = [module for module in copied.values()] + [w for w in wrappers(model) if isinstance(w, TrainedCopy)]
+        apart = {id(parameter) for module in whole for parameter in module.parameters()}
+        named = model.named_parameters()
+        biases = [p for n, p in named if n.rpartition(".")[2] == "bias" and id(p) not in apart]
+    else:
+        own = [getattr(plan.module, "bias", None) for plan in plans]
+        biases = [bias for bias in own if isinstance(bias, nn.Parameter)]
+    return TrainedBiases(name, biases, [bias.detach().clone() for bias in biases])
