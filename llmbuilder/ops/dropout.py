@@ -53,7 +53,7 @@ def dropout_mask(shape: torch.Size | tuple[int, ...], p: float, seed: Tensor, st
         ValueError: as for ``dropout``.
     """
     threshold = quantise("dropout_mask", p)
-    ones = torch.ones(shape, dtype=torch.bfloat16, device=seed.device)
+    ones = torch.ones(shape, dtype=torch.bfloat16, device=getattr(seed, "device", None))
     check_mask("dropout_mask", ones, seed, stream)
     return apply_mask(ones, threshold, seed, stream) != 0
 
@@ -74,9 +74,13 @@ def check_floating(operator: str, **tensors: Tensor) -> None:
 
 def check_mask(operator: str, x: Tensor, seed: Tensor | None, stream: int) -> None:
     """The seed's form, and that stream, rows and columns fit the mask's 32-bit counters."""
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device):
-        got = f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}"
-        raise ValueError(f"{operator}: seed must be an int64 scalar tensor on {x.device}, got {got}")
+    if seed is not None:
+        is_tensor = isinstance(seed, Tensor)
+        if not is_tensor or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
+            got = f"{seed.dtype} of shape {list(seed.shape)} on {seed.device}" if is_tensor else f"{seed!r}"
+            raise ValueError(
+                f"{operator}: seed must be an int64 scalar tensor on {x.device}, as torch.tensor(7) is, got {got}"
+            )
     if not 0 <= stream < 2**32:
         raise ValueError(f"{operator}: stream must lie in [0, 2**32), got {stream}")
     columns = x.shape[-1] if x.dim() else 1

@@ -90,9 +90,9 @@ def keep_mask(shape: torch.Size | tuple[int, ...], threshold: int, seed: Tensor,
 
 def keep_rows(first: int, rows: int, columns: int, threshold: int, seed: Tensor, stream: int) -> Tensor:
     """The mask's rows from ``first`` on. A Philox call decides eight columns, by its eight 16-bit slices in order."""
-    row = torch.arange(first, first + rows, device=seed.device)
-    call = torch.arange((columns + 7) // 8, device=seed.device)
-    row, call = torch.broadcast_tensors(row[:, None], call)
+    calls = (columns + 7) // 8
+    row = torch.arange(first, first + rows, device=seed.device)[:, None].expand(-1, calls)
+    call = torch.arange(calls, device=seed.device).expand(rows, -1)
     words = philox((call, row, torch.full_like(row, stream), torch.zeros_like(row)), seed)
     slices = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(1)[:, :columns]
     return slices >= threshold
