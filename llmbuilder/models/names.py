@@ -140,11 +140,12 @@ def is_linear(module: nn.Module) -> bool:
 def _matches(model: nn.Module, layers: dict[str, nn.Module], name: str) -> list[tuple[str, str]]:
     """(path, part) of each layer that one name means; part is "" for the whole layer."""
     if name in ("all", "all-linear"):
-        head = _output_layer(model)
+        head = _layer(model, "get_output_embeddings")
         return [(path, "") for path, module in layers.items() if is_linear(module) and module is not head]
     if name == "embeddings":
-        embeddings = _unwrapped(model.get_input_embeddings())
-        return [(path, "") for path, module in layers.items() if module is embeddings]
+        embeddings = _layer(model, "get_input_embeddings")
+        if embeddings is not None:
+            return [(path, "") for path, module in layers.items() if module is embeddings]
     table = _names(model)
     own = [own for guide in GROUPS.get(name, (name,)) for own in table.get(guide, ())] or [name]
     pairs = [(layer, part) for layer, _, part in (entry.partition(":") for entry in own)]
@@ -191,13 +192,11 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
 
 
-def _unwrapped(module: nn.Module | None) -> nn.Module | None:
-    return None if module is None else next(named_layers(module))[1]
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return _unwrapped(get()) if get else None
+def _layer(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model gives as its embeddings or head, without the wrapper of an adapter."""
+    get = getattr(model, getter, None)
+    layer = get() if get else None
+    return None if layer is None else next(named_layers(layer))[1]
 
 
 def _check_weight(path: str, module: nn.Module) -> None:
@@ -226,7 +225,7 @@ def _by_heads(config: Any) -> dict[str, Tensor]:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query, key = size * config.num_attention_heads, size * config.num_key_value_heads
     rows = torch.arange(query + 2 * key)
-    return dict(zip(("query", "key", "value"), rows.split([query, key, key]), strict=True))
+    return dict(zip(("query", "key", "value"), torch.split(rows, [query, key, key]), strict=True))
 
 
 def _halves(config: Any) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Several adapters on one model: which take part and how much, combining them, deleting one, switching all off."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,16 +10,8 @@ from ..errors import LLMBuilderError
 from .config import LoRAConfig
 from .inject import Plan, attach, set_active
 from .lora import Piece, TrainedCopy, Update
-from .state import (
-    AdapterState,
-    check_known,
-    check_unmerged,
-    find_state,
-    named_wrappers,
-    shares_of,
-    state_of,
-    wrappers,
-)
+from .state import AdapterState, check_known, check_unmerged
+from .tree import Wrapper, find_state, named_wrappers, shares_of, state_of, unwrap, wrappers
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
@@ -64,7 +56,10 @@ def activate_adapters(
 
 
 def deactivate_adapter(model: nn.Module, name: str) -> None:
-    """Take one adapter out of the active ones; it is kept, and no longer trains. Raises LLMBuilderError for an unknown name."""
+    """Take one adapter out of the active ones; it is kept, and no longer trains.
+
+    Raises LLMBuilderError for an unknown name or while adapters are merged.
+    """
     state = state_of(model)
     check_unmerged(state)
     check_known(state, name)
@@ -92,8 +87,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float], method: str = "cat") -> None:
     """Make a new adapter of a weighted sum of others, and make it the active one.
 
-    ``"cat"`` is exact, ``ΔW = Σ w · scaling · B A``: the ranks add up. ``"linear"`` keeps the rank and needs equal ones:
-    ``A = Σ sqrt(w · scaling) A``, ``B = Σ sqrt(w · scaling) B``, whose product has cross terms; both are PEFT's.
+    ``"cat"`` is exact, ``ΔW = Σ w · scaling · B A``, and the ranks add up. ``"linear"`` keeps the rank, needs equal
+    ones, and has cross terms: ``A = Σ sqrt(w · scaling) A``, ``B = Σ sqrt(w · scaling) B``. Both are PEFT's.
 
     Args:
         model: a model with adapters.
@@ -136,7 +131,7 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float], 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what it did before its adapters: layers, biases and whole modules are the original ones.
+    """Inside, the model computes what it did before it had adapters: with its first layers, biases and modules.
 
     Raises LLMBuilderError when the model has no adapters, or merged ones.
     """
@@ -161,15 +156,6 @@ def fill(update: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]) -> None
             update.lora_B[part].copy_(B)
 
 
-def unwrap(model: nn.Module, instead: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put in the place of each wrapper what ``instead`` gives for it; None leaves it."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            module = instead(child) if child is not None and getattr(type(child), "wraps_base", False) else None
-            if module is not None:
-                parent._modules[name] = module
-
-
 def _without(model: nn.Module, state: AdapterState, name: str) -> tuple[dict[str, float], list[str]]:
     """The active adapters and those that train, but for one."""
     active = {other: weight for other, weight in state.active.items() if other != name}
@@ -184,12 +170,12 @@ def _without(model: nn.Module, state: AdapterState, name: str) -> tuple[dict[str
 
 @torch.no_grad()
 def _combined(
-    path: str, wrapper: nn.Module, weights: Mapping[str, float], method: str
+    path: str, wrapper: Wrapper, weights: Mapping[str, float], method: str
 ) -> dict[str, tuple[Piece, Tensor, Tensor]]:
     """Each piece of the combination in one layer: what it is, its A and its B."""
     terms: dict[str, list[tuple[float, Update]]] = {}
     for name, weight in weights.items():
-        update = shares_of(wrapper)[name] if name in shares_of(wrapper) else None
+        update = dict(shares_of(wrapper)).get(name)
         if isinstance(update, Update):
             for part in update.pieces():
                 terms.setdefault(part, []).append((weight * update.scaling, update))

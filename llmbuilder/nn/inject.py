@@ -10,7 +10,8 @@ from ..errors import ConfigError, LLMBuilderError, nearest
 from ..models.names import Target, named_layers, part_rows, path_ends, resolve
 from .config import LoRAConfig
 from .lora import WHOLE, LoRAEmbedding, LoRALinear, Piece, TrainedCopy
-from .state import AdapterState, TrainedBiases, check_unmerged, find_state, shares_of, wrappers
+from .state import AdapterState, TrainedBiases, check_unmerged
+from .tree import Wrapper, find_state, places, shares_of, wrappers
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
 def attach(
     model: nn.Module, name: str, config: LoRAConfig, plans: Sequence[Plan], copied: Mapping[str, nn.Module]
 ) -> None:
-    """Wrap what is not wrapped yet, add the adapter's share to each wrapper, make it the active one and freeze the rest.
+    """Wrap what is not wrapped yet, give each wrapper the adapter's share, make it the active one, freeze the rest.
 
     Nothing is changed before everything is made.
     """
@@ -57,12 +58,11 @@ def attach(
     check_unmerged(state)
     _check_name(state, name)
     existing = {id(wrapper.base): wrapper for wrapper in wrappers(model)}
-    places = _places(model, [plan.module for plan in plans] + list(copied.values()))
-    made: list[tuple[nn.Module, nn.Module]] = []
+    places_of = places(model, [plan.module for plan in plans] + list(copied.values()))
+    made: list[tuple[Wrapper, nn.Module]] = []
     for plan in plans:
-        kind = LoRAEmbedding if isinstance(plan.module, nn.Embedding) else LoRALinear
-        wrapper = existing.get(id(plan.module)) or kind(plan.module, state)
-        if not isinstance(wrapper, LoRALinear | LoRAEmbedding):
+        wrapper = existing.get(id(plan.module)) or _wrapped(plan.module, state)
+        if isinstance(wrapper, TrainedCopy):
             raise LLMBuilderError(f"'{plan.path}' is trained whole by another adapter (modules_to_save)")
         made.append((wrapper, wrapper.new_update(plan.pieces, plan.scaling, config.dropout)))
     for path, module in copied.items():
@@ -73,7 +73,7 @@ def attach(
     biases = _trained_biases(model, state, name, config, plans, copied)
 
     for wrapper, share in made:
-        for parent, child in places[id(wrapper.base)] if id(wrapper.base) not in existing else ():
+        for parent, child in places_of[id(wrapper.base)] if id(wrapper.base) not in existing else ():
             parent._modules[child] = wrapper
         shares_of(wrapper)[name] = share
     state.configs[name] = config
@@ -92,6 +92,10 @@ def set_active(model: nn.Module, state: AdapterState, active: Mapping[str, float
     if state.biases is not None:
         for parameter in state.biases.parameters:
             parameter.requires_grad_(state.biases.owner in train)
+
+
+def _wrapped(module: nn.Module, state: AdapterState) -> LoRALinear | LoRAEmbedding:
+    return LoRAEmbedding(module, state) if isinstance(module, nn.Embedding) else LoRALinear(module, state)
 
 
 def _pieces(model: nn.Module, target: Target, rank: int) -> dict[str, Piece]:
@@ -136,20 +140,6 @@ def _check_name(state: AdapterState, name: str) -> None:
         raise LLMBuilderError(f"'{name}' can't be the name of an adapter: use a plain word without dots")
 
 
-def _places(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where in the tree each module stands: (parent, name in the parent), by the module's id."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {id(module): [] for module in modules}
-    for parent in model.modules():
-        for child, module in parent._modules.items():
-            if module is not None and id(module) in places:
-                places[id(module)].append((parent, child))
-    if any(not found for found in places.values()):
-        raise LLMBuilderError(
-            f"{type(model).__name__} is itself the layer to wrap: put it in a module, e.g. nn.Sequential"
-        )
-    return places
-
-
 def _trained_biases(
     model: nn.Module,
     state: AdapterState,
@@ -163,7 +153,7 @@ def _trained_biases(
     if state.biases is not None:
         raise ConfigError(f"bias='{config.bias}': the adapter '{state.biases.owner}' trains biases, and only one can")
     if config.bias == "all":
-        whole = [module for module in copied.values()] + [w for w in wrappers(model) if isinstance(w, TrainedCopy)]
+        whole = list(copied.values()) + [w for w in wrappers(model) if isinstance(w, TrainedCopy)]
         apart = {id(parameter) for module in whole for parameter in module.parameters()}
         named = model.named_parameters()
         biases = [p for n, p in named if n.rpartition(".")[2] == "bias" and id(p) not in apart]

@@ -92,8 +92,8 @@ class LoRALinear(nn.Module):
     dropout in training mode only, its mask drawn anew at each call from torch's generator.
 
     Args:
-        base: ``nn.Linear``, transformers' ``Conv1D``, or a subclass of either (whose own forward is then called, and the
-            update added). It is kept as it is, with its bias.
+        base: ``nn.Linear``, transformers' ``Conv1D``, or a subclass of either (whose own forward is then called and the
+            update added); kept as it is, with its bias.
         state: which adapters take part; the layers of a model share one.
 
     ``weight``, ``bias``, ``in_features`` and ``out_features`` are the base's; ``adapters[name]`` is an :class:`Update`.

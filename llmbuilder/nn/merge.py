@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from ..errors import LLMBuilderError
-from .adapters import unwrap
-from .lora import LoRAEmbedding, LoRALinear, TrainedCopy
-from .state import Merge, check_unmerged, find_state, named_wrappers, state_of
+from .lora import TrainedCopy
+from .state import Merge, check_unmerged
+from .tree import Wrapper, find_state, named_wrappers, shares_of, state_of, unwrap
 
 
 @torch.no_grad()
@@ -26,14 +26,11 @@ def merge_lora(model: nn.Module, keep_base: bool = True, untie: bool = False) ->
     """
     state = state_of(model)
     check_unmerged(state)
+    # A trained copy serves as it is; only where wrappers go does it take its module's place.
     changed = [
         (path, wrapper)
         for path, wrapper in named_wrappers(model)
-        if (isinstance(wrapper, LoRALinear | LoRAEmbedding)
-        and set(wrapper.adapters) & set(state.active))
-        or (not keep_base
-        and isinstance(wrapper, TrainedCopy)
-        and wrapper.serving() is not wrapper.base)
+        if set(shares_of(wrapper)) & set(state.active) and not (keep_base and isinstance(wrapper, TrainedCopy))
     ]
     ties = _ties(model, changed)
     if ties and not untie:
@@ -44,8 +41,8 @@ def merge_lora(model: nn.Module, keep_base: bool = True, untie: bool = False) ->
     config = getattr(model, "config", None)
     merge = Merge([], bool(getattr(config, "tie_word_embeddings", False)))
     for _, wrapper in changed:
-        if isinstance(wrapper, LoRALinear | LoRAEmbedding):
-            old = wrapper.base.weight
+        if not isinstance(wrapper, TrainedCopy):
+            old = wrapper.weight
             assert isinstance(old, nn.Parameter)
             if keep_base:
                 merge.kept.append((wrapper.base, old))
@@ -54,7 +51,7 @@ def merge_lora(model: nn.Module, keep_base: bool = True, untie: bool = False) ->
         config.tie_word_embeddings = False
     state.merge = merge
     if not keep_base:
-        unwrap(model, lambda wrapper: wrapper.serving() if isinstance(wrapper, TrainedCopy) else _base(wrapper))
+        unwrap(model, lambda wrapper: wrapper.serving() if isinstance(wrapper, TrainedCopy) else wrapper.base)
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -76,7 +73,7 @@ def unmerge_lora(model: nn.Module) -> None:
     state.merge = None
 
 
-def _ties(model: nn.Module, changed: list[tuple[str, nn.Module]]) -> list[tuple[str, str]]:
+def _ties(model: nn.Module, changed: list[tuple[str, Wrapper]]) -> list[tuple[str, str]]:
     """(layer, its weight's other name) for each layer to change whose weight another module has too."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
@@ -85,14 +82,7 @@ def _ties(model: nn.Module, changed: list[tuple[str, nn.Module]]) -> list[tuple[
                 owners.setdefault(id(parameter), []).append((f"{path}.{name}", module))
     ties = []
     for path, wrapper in changed:
-        own = set(_base(wrapper).modules())
-        for parameter in (
-            [_base(wrapper).weight] if not isinstance(wrapper, TrainedCopy) else _base(wrapper).parameters()
-        ):
-            ties += [(path, other) for other, module in owners[id(parameter)] if module not in own]
+        own = set(wrapper.base.modules())
+        weights = wrapper.base.parameters() if isinstance(wrapper, TrainedCopy) else [wrapper.weight]
+        ties += [(path, other) for w in weights for other, module in owners[id(w)] if module not in own]
     return ties
-
-
-def _base(wrapper: nn.Module) -> nn.Module:
-    assert isinstance(wrapper.base, nn.Module)
-    return wrapper.base

@@ -1,7 +1,8 @@
 """Adapters as PEFT writes them: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Names in the file: ``base_model.model.<path>.lora_A.weight`` [r, K] and ``lora_B`` [N, r], ``lora_embedding_A`` and ``_B``
-for embeddings, ``<path>.base_layer.bias`` for a trained bias of an adapted layer, and whole modules under their path.
+Names in the file: ``base_model.model.<path>.lora_A.weight`` [r, K] and ``lora_B`` [N, r], for embeddings
+``lora_embedding_A`` and ``_B``, ``<path>.base_layer.bias`` for a trained bias of an adapted layer, and whole modules
+under their own path.
 The parts of a fused layer are written as the one update that they sum up to (A stacked, B block-placed), which any
 reader understands; the safetensors header remembers them, and they are parts again when read here.
 """
@@ -28,16 +29,29 @@ from .adapters import fill
 from .config import LoRAConfig
 from .inject import Plan, attach
 from .lora import WHOLE, Piece, TrainedCopy, Update
-from .state import check_known, named_wrappers, shares_of, state_of
+from .state import check_known
+from .tree import named_wrappers, shares_of, state_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The header's entry for parts of fused layers: {path: {part: rank}}.
 PARTS = "llmbuilder.parts"
 # Keys of adapter_config.json that are obeyed, or say nothing about what the adapter computes. Any other is refused.
-KNOWN_KEYS = frozenset(
-    ["alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"]
-)
+KNOWN_KEYS = {
+    *(
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "runtime_config",
+    ),
+    *("inference_mode", "init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core"),
+    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "qalora_group_size"),
+    *("bias", "modules_to_save"),
+}
 # Ways to start an adapter that leave the base as it is; the others (PiSSA, OLoRA …) change it.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -201,7 +215,7 @@ def _exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Te
     ranks, alphas, parts = {}, {}, {}
     conv = False
     for path, wrapper in named_wrappers(model):
-        share = shares_of(wrapper)[name] if name in shares_of(wrapper) else None
+        share = dict(shares_of(wrapper)).get(name)
         if isinstance(share, Update):
             A, B = share.matrices()
             embedding = isinstance(wrapper.base, nn.Embedding)
@@ -288,7 +302,8 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata.get(PARTS, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dictionary)
+            return tensors, json.loads(metadata.get(PARTS, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise LLMBuilderError(f"{path} can't be read: {error}") from None
 
@@ -301,7 +316,8 @@ def _split(
     if not ranks or not set(ranks) <= set(rows) or sum(ranks.values()) != len(A):
         return whole
     pieces = {part: Piece(rank, rows[part]) for part, rank in ranks.items()}
-    parts = zip(ranks, A.split(list(ranks.values())), B.split(list(ranks.values()), 1), strict=True)
+    sizes = list(ranks.values())
+    parts = zip(ranks, torch.split(A, sizes), torch.split(B, sizes, 1), strict=True)
     values = {part: (a, b[rows[part]]) for part, a, b in parts}
     # Someone may have trained the file as a whole since; parts would then lose what lies outside their rows.
     return (

@@ -1,12 +1,10 @@
 """Which adapters a model has, and which of them take part: one object that all adapted layers of a model share."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from ..errors import LLMBuilderError, nearest
-from ..models.names import named_layers
 from .config import LoRAConfig
 
 
@@ -58,41 +56,6 @@ class AdapterState:
         """Put the biases in force that belong to what is active and enabled now."""
         if self.biases is not None:
             self.biases.switch(self.enabled and self.biases.owner in self.active)
-
-
-def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that hold adapters of this model, each once."""
-    return (module for module in model.modules() if getattr(type(module), "wraps_base", False))
-
-
-def named_wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The same with the path of the layer that each wraps, the first one of a shared layer, in the model's order."""
-    left = {id(wrapper.base): wrapper for wrapper in wrappers(model)}
-    found = ((path, left.pop(id(layer), None)) for path, layer in named_layers(model))
-    return [(path, wrapper) for path, wrapper in found if wrapper is not None]
-
-
-def shares_of(wrapper: nn.Module) -> nn.ModuleDict:
-    """What each adapter has in a wrapper: updates, or trained copies."""
-    shares = wrapper.copies if hasattr(wrapper, "copies") else wrapper.adapters
-    assert isinstance(shares, nn.ModuleDict)
-    return shares
-
-
-def find_state(model: nn.Module) -> AdapterState | None:
-    """The model's adapters, or None when it has none."""
-    wrapper = next(wrappers(model), None)
-    state = None if wrapper is None else wrapper.state
-    assert state is None or isinstance(state, AdapterState)
-    return state
-
-
-def state_of(model: nn.Module) -> AdapterState:
-    """The model's adapters. Raises LLMBuilderError when it has none."""
-    state = find_state(model)
-    if state is None:
-        raise LLMBuilderError(f"{type(model).__name__} has no adapters: add one (add_lora) or load one (load_adapter)")
-    return state
 
 
 def check_unmerged(state: AdapterState) -> None:
