@@ -21,12 +21,20 @@
 #include "llmbuilder/cross_entropy.h"
 #include "llmbuilder/dropout.h"
 #include "llmbuilder/dtype.h"
+#include "llmbuilder/ewc.h"
+#include "llmbuilder/lora.h"
 #include "llmbuilder/philox.h"
 
-#define LLMBUILDER_KERNELS(KERNEL)                   \
-  KERNEL(Philox, philox)                             \
-  KERNEL(Dropout, dropout)                           \
-  KERNEL(DropoutMask, dropout_mask)                  \
+#define LLMBUILDER_KERNELS(KERNEL)      \
+  KERNEL(Philox, philox)                \
+  KERNEL(Dropout, dropout)              \
+  KERNEL(DropoutMask, dropout_mask)     \
+  KERNEL(LoraShrink, lora_shrink)       \
+  KERNEL(LoraExpand, lora_expand)       \
+  KERNEL(LoraGradSB, lora_grad_sb)      \
+  KERNEL(LoraGradAX, lora_grad_ax)      \
+  KERNEL(EwcPenalty, ewc_penalty)       \
+  KERNEL(EwcAccumulate, ewc_accumulate) \
   KERNEL(SoftmaxCrossEntropy, softmax_cross_entropy)
 
 namespace llmbuilder {
