@@ -12,8 +12,10 @@ import re
 import shlex
 import sys
 import traceback
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from typing import Any
 
 from .._version import __version__
 from ..errors import UnknownNameError, nearest
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or bool(os.environ.get("LLMBUILDER_DEBUG"))
     try:
-        return _dispatch(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return _dispatch(words)
     except SystemExit as stop:  # argparse, after --help or with its own complaint
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -106,6 +110,11 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, LLMBuilderError | OSError):
         return text
     return f"{type(error).__name__}: {text} (unexpected; --debug shows where it arose)"
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning for people: its text, without the line of code that gave it."""
+    print(f"llmbuilder: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _interrupted(words: list[str]) -> str:

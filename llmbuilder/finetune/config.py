@@ -85,7 +85,9 @@ class FineTuningConfig(BaseModel):
     )
 
     # Regularization
-    weight_decay: float = _row(0.01, "weight decay (adamw: decoupled), not on norms and biases", "parameter groups", ge=0)
+    weight_decay: float = _row(
+        0.01, "weight decay (adamw: decoupled), not on norms and biases", "parameter groups", ge=0
+    )
     dropout_rate: float | None = _row(
         None,
         "with LoRA the adapters' dropout, unless that is given; else p of every dropout that the model has",
@@ -252,7 +254,7 @@ class FineTuningConfig(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain values, defaults and LoRA settings filled in: what config.yaml holds."""
-        values = self.model_dump(mode="json", exclude={"lora_config"})
+        values = self.model_dump(mode="json", exclude={"lora_config", "target_modules"})
         lora = self.lora()
         values["lora_config"] = None if lora is None else lora.model_dump(mode="json")
         for field in LORA_FIELDS if lora is not None else ():
@@ -264,8 +266,8 @@ class FineTuningConfig(BaseModel):
         mine, others = self.resolved(), other.resolved()
         return [
             f"{name}: {mine[name]!r} -> {others[name]!r}"
-            for name, row in rows().items()
-            if row.changes_weights and mine[name] != others[name]
+            for name in mine
+            if rows()[name].changes_weights and mine[name] != others[name]
         ]
 
     def __eq__(self, other: object) -> bool:

@@ -1,0 +1,54 @@
+"""The settings as flags, and the configuration that flags and a file make: flag > file > default."""
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import ConfigError
+from ..finetune.config import FineTuningConfig, Row, read_settings, rows, settle_names
+
+
+def add_settings(parser: ArgumentParser, table: Iterable[Row]) -> None:
+    """--config, and a flag for every setting of the table."""
+    parser.add_argument("--config", metavar="path", help="YAML file of settings; a flag beats it")
+    group = parser.add_argument_group("settings")
+    for row in table:
+        default = "" if row.default == "none" else f" (default: {row.default})"
+        help_text = f"{row.effect}{default}".replace("%", "%%")
+        if row.is_switch:
+            group.add_argument(*row.flags, dest=row.name, action=BooleanOptionalAction, default=None, help=help_text)
+        else:
+            many = "+" if row.is_list else None
+            group.add_argument(*row.flags, dest=row.name, nargs=many, metavar=row.type, help=help_text)
+
+
+def read_config(args: Namespace) -> FineTuningConfig:
+    """The configuration of a command line that `add_settings` has parsed.
+
+    Raises:
+        ConfigError: as FineTuningConfig does; the file is named where a setting in it is at fault.
+    """
+    given = {name: getattr(args, name, None) for name in rows()}
+    flags = {name: _value(name, text) for name, text in given.items() if text is not None}
+    file = settle_names(read_settings(args.config)) if args.config else {}
+    try:
+        return FineTuningConfig(**file | settle_names(flags))
+    except ConfigError as error:
+        from_file = any(name in str(error) and name not in flags for name in file)
+        raise type(error)(f"{args.config}: {error}" if from_file else str(error)) from None
+
+
+def _value(name: str, text: Any) -> Any:
+    """What a flag says: `none` is None, one name is no list, and --lora-config takes a mapping in YAML's words."""
+    if isinstance(text, list) and len(text) == 1:
+        (text,) = text
+    if text == "none":
+        return None
+    if name != "lora_config":
+        return text
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--lora-config {text!r} is no mapping: {' '.join(str(error).split())}") from None

@@ -1,0 +1,506 @@
+"""The command line from outside: what it prints, what it writes, how it refuses, and that it does what the API does."""
+
+import io
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import llmbuilder as lb
+from llmbuilder.cli import COMMANDS, main
+from llmbuilder.data import load_dataset
+from llmbuilder.finetune import FineTuner, FineTuningConfig
+from llmbuilder.finetune.config import rows
+from llmbuilder.models import GPT, GPTConfig, byte_tokenizer, generate
+from llmbuilder.nn import load_adapter
+
+TEXT = "The cat sat on the mat. The dog sat on the log. " * 20
+RUN_SETTINGS = {
+    "num_epochs": 2,
+    "learning_rate": 0.01,
+    "batch_size": 4,
+    "max_seq_length": 32,
+    "lora_rank": 4,
+    "lora_dropout": 0.1,
+    "lora_target_modules": "all",
+    "validation_split": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a tiny native model (model/), a text (text.txt) and a chat data set (chat.jsonl)."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=258, n_layer=2, n_head=2, n_embd=32, block_size=64))
+    model.tokenizer = byte_tokenizer()
+    lb.save_model(model, folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (folder / "chat.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 3)
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 50)
+    (folder / "broken.jsonl").write_text('{"messages": []}\n{"broken\n')
+    (folder / "rubbish").mkdir()
+    (folder / "rubbish" / "config.json").write_text("{}")
+    return folder
+
+
+def flags(settings: dict) -> list[str]:
+    """The settings as words of a command line, each under its last flag."""
+    words = []
+    for name, value in settings.items():
+        flag = rows()[name].flags[-1]
+        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    return words
+
+
+def finetune(home: Path, *words: str) -> int:
+    return main(["finetune", "model", "--model", f"{home}/model", "--dataset", f"{home}/text.txt", *words])
+
+
+@pytest.fixture(scope="module")
+def run(home) -> Path:
+    """The folder of a finished run."""
+    output = home / "run"
+    assert finetune(home, "--output", str(output), *flags(RUN_SETTINGS)) == 0
+    return output
+
+
+def refused(capfd, words: list[str], status: int) -> str:
+    """The one line that a refusal prints."""
+    capfd.readouterr()
+    assert main(words) == status
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("llmbuilder: ")
+    return err
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# Fine-tuning
+
+
+def test_a_run_leaves_what_it_promises(run):
+    assert {path.name for path in run.iterdir()} >= {
+        *("adapter", "checkpoints", "metrics.jsonl", "config.yaml", "results.json", "loss.png")
+    }
+    results = json.loads((run / "results.json").read_text())
+    assert results["final_perplexity"] < results["base_perplexity"]
+    assert FineTuningConfig.from_yaml(run / "config.yaml") == FineTuningConfig(**RUN_SETTINGS, output_dir=run)
+
+
+def test_the_command_line_trains_as_the_api_does_bit_for_bit(home, run):
+    model = lb.load_model(home / "model")
+    config = FineTuningConfig(**RUN_SETTINGS, output_dir=home / "api")
+    results = lb.finetune_model(model, load_dataset(home / "text.txt", config), config)
+    mine, theirs = tensors(home / "api" / "adapter"), tensors(run / "adapter")
+    assert mine.keys() == theirs.keys() and len(mine) > 0
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(mine[name].any() for name in mine if "lora_B" in name)
+    assert results.final_perplexity == json.loads((run / "results.json").read_text())["final_perplexity"]
+
+
+def test_a_run_prints_its_data_its_results_and_how_to_chat(home, tmp_path, capfd):
+    words = ["--output", f"{tmp_path}/a run", *flags(RUN_SETTINGS), "--max-steps", "1"]
+    assert finetune(home, *words) == 0
+    out = capfd.readouterr().out
+    assert f"{home}/text.txt: 1 row read, 1 kept" in out
+    results = json.loads((tmp_path / "a run" / "results.json").read_text())
+    assert f"{results['base_perplexity']:.2f} before, {results['final_perplexity']:.2f} after" in out
+    chat = shlex.split(out.splitlines()[-1])
+    assert chat == ["llmbuilder", "chat", "--model", f"{home}/model", "--adapter", f"{tmp_path}/a run/adapter"]
+
+
+def test_full_fine_tuning_writes_a_model_that_chats(home, tmp_path, capfd, monkeypatch):
+    output = tmp_path / "run"
+    words = ["--output", str(output), "--max-steps", "1", "--max-seq-length", "32", "--no-use-lora"]
+    assert finetune(home, *words) == 0
+    chat = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    assert chat == ["llmbuilder", "chat", "--model", f"{output}/model"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    assert main([*chat[1:], "--max-new-tokens", "2"]) == 0
+
+
+def test_short_and_long_flags_mean_the_same(home, tmp_path):
+    for output, epochs, rate in (("a", "--epochs", "--lr"), ("b", "--num-epochs", "--learning-rate")):
+        words = [epochs, "7", rate, "3e-3", "--max-steps", "1", "--max-seq-length", "32"]
+        assert finetune(home, "--output", f"{tmp_path}/{output}", *words) == 0
+    a, b = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab")
+    assert (a["num_epochs"], a["learning_rate"]) == (b["num_epochs"], b["learning_rate"]) == (7, 3e-3)
+
+
+def test_a_flag_beats_the_file_and_the_file_the_default(home, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        f"batch_size: 2\nlearning_rate: 1e-3\nlora_config: {{rank: 2, bias: all}}\nmax_steps: 1\nmax_seq_length: 32\n"
+        f"max_grad_norm: 0.5\noutput_dir: {tmp_path}/run\n"
+    )
+    words = ["--config", str(file), "--lr", "2e-3", "--lora-rank", "3", "--max-grad-norm", "none"]
+    assert finetune(home, *words) == 0
+    config = FineTuningConfig.from_yaml(tmp_path / "run" / "config.yaml")
+    assert (config.learning_rate, config.lora_rank, config.max_grad_norm) == (2e-3, 3, None)  # flags
+    assert (config.batch_size, config.lora().bias) == (2, "all")  # file
+    assert config.weight_decay == FineTuningConfig().weight_decay  # default
+
+
+def test_every_setting_has_a_flag_that_sets_it(home, tmp_path, monkeypatch):
+    other = {
+        "num_epochs": 3,
+        "max_steps": 9,
+        "learning_rate": 1e-3,
+        "batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "seed": 5,
+        "use_lora": True,
+        "freeze_embeddings": True,
+        "freeze_layers": 1,
+        "lora_rank": 3,
+        "lora_alpha": 5.0,
+        "lora_dropout": 0.2,
+        "lora_target_modules": "mlp",
+        "target_modules": "mlp",
+        "lora_config": "{bias: all}",
+        "weight_decay": 0.1,
+        "dropout_rate": 0.3,
+        "optimizer": "sgd",
+        "scheduler": "linear",
+        "warmup_steps": 4,
+        "warmup_ratio": 0.2,
+        "min_lr_ratio": 0.1,
+        "max_grad_norm": 2.0,
+        "eval_every": 7,
+        "save_every": 8,
+        "early_stopping_patience": 2,
+        "validation_split": 0.1,
+        "task_type": "conversation",
+        "max_seq_length": 77,
+        "data_collator": "packing",
+        "dialogue_format": True,
+        "turn_separator": "<turn>",
+        "response_loss_only": False,
+        "max_turns": 6,
+        "dtype": "bf16",
+        "device": "cpu",
+        "gradient_checkpointing": True,
+        "dataloader_pin_memory": True,
+        "dataloader_num_workers": 1,
+        "output_dir": f"{tmp_path}/run",
+    }
+    assert other.keys() == rows().keys()
+    needs_dialogue = {"turn_separator", "max_turns"}
+    seen = []
+    monkeypatch.setattr("llmbuilder.data.load_dataset", lambda path, config: seen.append(config) or [])
+    for name, value in other.items():
+        extra = ["--dialogue-format"] if name in needs_dialogue else []
+        output = [] if name == "output_dir" else ["--output", f"{tmp_path}/run"]
+        assert finetune(home, *flags({name: value}), *extra, *output) == 1, name  # there are no examples
+        wanted = {name: yaml.safe_load(value) if name == "lora_config" else value, "output_dir": f"{tmp_path}/run"}
+        assert seen[-1] == FineTuningConfig(**wanted, **({"dialogue_format": True} if extra else {})), name
+        assert seen[-1] != FineTuningConfig(output_dir=f"{tmp_path}/run") or name == "output_dir", name
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_needs_resume_or_overwrite(home, run, capfd):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    words = ["finetune", "model", "--model", f"{home}/model", "--dataset", f"{home}/text.txt"]
+    told = refused(capfd, [*words, "--output", str(run), *flags(RUN_SETTINGS)], 1)
+    assert str(run) in told and "resume" in told and "overwrite" in told
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_then_ends_as_if_never_interrupted(
+    home, run, tmp_path, capfd, monkeypatch
+):
+    output = tmp_path / "run"
+    words = ["--output", str(output), *flags(RUN_SETTINGS), "--save-every", "3"]
+    step = FineTuner._step
+
+    def pressed(self, window):
+        if self.progress.step == 5:
+            raise KeyboardInterrupt
+        return step(self, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, "_step", pressed)
+        assert finetune(home, *words) == 130
+    told = capfd.readouterr().err.splitlines()[-1]
+    resume = shlex.split(told.split(": ", 2)[2])
+    assert resume[-1] == "--resume"
+    assert not (output / "adapter").exists()
+    assert main(resume[1:]) == 0
+    mine, theirs = tensors(output / "adapter"), tensors(run / "adapter")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == len(
+        (run / "metrics.jsonl").read_text().splitlines()
+    )
+
+
+def test_a_resumed_run_refuses_a_changed_setting_by_name(home, run, capfd):
+    words = ["finetune", "model", "--model", f"{home}/model", "--dataset", f"{home}/text.txt", "--output", str(run)]
+    told = refused(capfd, [*words, *flags(RUN_SETTINGS | {"learning_rate": 0.02}), "--resume"], 1)
+    assert "learning_rate: 0.01 -> 0.02" in told
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["finetune", "model", "--lrr", "1"], "unknown flag '--lrr'; did you mean '--lr'?"),
+        (["finetune", "model", "--lora-rnk=8"], "unknown flag '--lora-rnk'; did you mean '--lora-rank'?"),
+        (["finetune", "model", "--continual-learning"], "continual_learning is not yet available in this version"),
+        (["finetune", "model", "--load-in-4bit"], "load_in_4bit is not yet available in this version"),
+        (["finetune", "model", "--use-dora"], "use_dora is not yet available in this version"),
+        (["finetune", "model", "--fsdp", "2"], "fsdp is not yet available in this version"),
+        (["generate", "--model", "x", "--promt", "y"], "unknown flag '--promt'; did you mean '--prompt'?"),
+        (["chta"], "unknown command 'chta'; did you mean 'chat'?"),
+        (["finetune", "modle"], "unknown command 'finetune modle'; did you mean 'finetune model'?"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(words, told, capfd):
+    assert told in refused(capfd, words, 2)
+
+
+def test_an_unknown_key_of_the_file_is_refused_with_the_nearest(home, tmp_path, capfd):
+    file = tmp_path / "settings.yaml"
+    file.write_text("num_epoch: 3\n")
+    words = [
+        "finetune",
+        "model",
+        "--model",
+        "m",
+        "--dataset",
+        "d",
+        "--config",
+        str(file),
+        "--output",
+        f"{tmp_path}/run",
+    ]
+    assert f"{file}: unknown setting 'num_epoch'; did you mean 'num_epochs'?" in refused(capfd, words, 2)
+
+
+def test_a_bad_value_of_the_file_is_told_with_the_file(tmp_path, capfd):
+    file = tmp_path / "settings.yaml"
+    file.write_text("num_epochs: 0\n")
+    words = [
+        "finetune",
+        "model",
+        "--model",
+        "m",
+        "--dataset",
+        "d",
+        "--config",
+        str(file),
+        "--output",
+        f"{tmp_path}/run",
+    ]
+    assert f"{file}: num_epochs=0 should be greater" in refused(capfd, words, 1)
+
+
+TRAIN = "finetune model --model {home}/model --dataset {home}/text.txt --max-seq-length 32 --output {output}"
+ON = "finetune model --model {home}/model --max-seq-length 32 --output {output} --dataset {home}/"
+BAD_INPUT = {
+    "a value out of range": (f"{TRAIN} --lr -1", "learning_rate='-1' should be greater than 0"),
+    "a word for a number": (f"{TRAIN} --epochs many", "num_epochs='many' should be"),
+    "a contradiction": (f"{TRAIN} --warmup-steps 1 --warmup-ratio 0.1", "warmup_steps and warmup_ratio"),
+    "no output": ("finetune model --model {home}/model --dataset {home}/text.txt", "--output is missing"),
+    "no such data": (f"{ON}nothing.txt", "nothing.txt: no such file"),
+    "an empty file": (f"{ON}empty.txt", "empty.txt: the file is empty"),
+    "not utf-8": (f"{ON}latin.txt", "latin.txt: not utf-8 at byte 3"),
+    "no usable row": (f"{ON}broken.jsonl", "broken.jsonl:2: not JSON"),
+    "no such model": ("finetune model --model {home}/none --dataset {home}/text.txt --output {output}", "none"),
+    "no known model": ("finetune model --model {home}/rubbish --dataset {home}/text.txt --output {output}", "rubbish"),
+    "no such module": (f"{TRAIN} --target-modules atention", "atention"),
+    "too many frozen layers": (f"{TRAIN} --freeze-layers 9", "freeze_layers=9"),
+    "longer than the context": (f"{TRAIN} --max-seq-length 1000", "max_seq_length"),
+    "no such device": (f"{TRAIN} --device abacus", "device='abacus'"),
+    "no such settings": (f"{TRAIN} --config nothing.yaml", "nothing.yaml: cannot be read"),
+    "a bad mapping": (f"{TRAIN} --lora-config '{{{{rank: [}}}}'", "--lora-config"),
+    "resume and overwrite": (f"{TRAIN} --resume --overwrite", "contradict each other"),
+    "no such adapter": ("chat --model {home}/model --adapter nothing", "nothing: no such folder"),
+    "an empty prompt": ("generate --model {home}/model --prompt ''", "prompt is empty"),
+    "too many tokens": ("generate --model {home}/model --prompt a --max-new-tokens 99", "max_new_tokens"),
+    "no adapter in the folder": ("merge --model {home}/model --adapter {home}/model --output {output}", "adapter"),
+    "no data to judge on": ("evaluate --model {home}/model --dataset {home}/empty.txt", "empty.txt: the file is empty"),
+}
+
+
+@pytest.mark.parametrize(("line", "told"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_nothing_is_written(line, told, home, tmp_path, capfd):
+    output = tmp_path / "run"
+    before = sorted(home.rglob("*"))
+    assert told in refused(capfd, shlex.split(line.format(home=home, output=output)), 1)
+    assert list(tmp_path.iterdir()) == [] and sorted(home.rglob("*")) == before
+
+
+def test_an_error_that_nobody_foresaw_names_its_kind_and_debug_shows_where(home, monkeypatch, capfd):
+    def broken(*_, **__):
+        raise RuntimeError("a\nb")
+
+    monkeypatch.setattr("llmbuilder.models.load_model", broken)
+    words = ["generate", "--model", f"{home}/model", "--prompt", "a"]
+    assert "RuntimeError: a b (unexpected; --debug shows where" in refused(capfd, words, 1)
+    assert main([*words, "--debug"]) == 1
+    assert "in broken" in capfd.readouterr().err
+    monkeypatch.setenv("LLMBUILDER_DEBUG", "1")
+    assert main(words) == 1
+    assert "in broken" in capfd.readouterr().err
+
+
+def test_warnings_are_lines_for_people(home, tmp_path, capfd):
+    words = ["--output", f"{tmp_path}/run", "--max-steps", "1", "--max-seq-length", "32"]
+    assert finetune(home, *words) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "no validation data" in line]
+    assert len(told) == 1 and told[0].startswith("llmbuilder: warning: no validation data")
+
+
+# The other commands
+
+
+def test_generate_prints_the_continuation_and_nothing_else(home, run, capfd):
+    words = ["generate", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--prompt", "The cat"]
+    capfd.readouterr()
+    assert main([*words, "--max-new-tokens", "12"]) == 0
+    model = lb.load_model(home / "model")
+    load_adapter(model, run / "adapter")
+    (tokens,) = generate(model, [model.tokenizer("The cat")["input_ids"]], 12)
+    assert capfd.readouterr().out == model.tokenizer.decode(tokens) + "\n"
+
+
+def test_generate_draws_by_its_seed(home, capfd):
+    def said(seed: int) -> str:
+        words = ["--prompt", "The", "--max-new-tokens", "20", "--temperature", "1", "--seed", str(seed)]
+        assert main(["generate", "--model", f"{home}/model", *words]) == 0
+        return capfd.readouterr().out
+
+    capfd.readouterr()
+    assert said(1) == said(1) != said(2)
+
+
+def test_the_adapter_changes_what_is_said(home, run, capfd):
+    said = []
+    for adapter in ([], ["--adapter", f"{run}/adapter"]):
+        capfd.readouterr()
+        words = ["--prompt", "The cat", "--max-new-tokens", "20"]
+        assert main(["generate", "--model", f"{home}/model", *adapter, *words]) == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] != said[1]
+
+
+def test_merge_writes_a_model_that_says_the_same(home, run, tmp_path, capfd):
+    output = tmp_path / "merged"
+    words = ["merge", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--output", str(output)]
+    assert main(words) == 0
+    merged, adapted = lb.load_model(output), lb.load_model(home / "model")
+    load_adapter(adapted, run / "adapter")
+    ids = torch.randint(256, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(merged(ids).logits, lb.load_model(home / "model")(ids).logits, atol=1e-2)
+    assert "--overwrite" in refused(capfd, words, 1)
+    assert main([*words, "--overwrite"]) == 0
+
+
+def test_evaluate_says_what_the_api_says(home, run, capfd):
+    words = ["evaluate", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--dataset", f"{home}/text.txt"]
+    capfd.readouterr()
+    assert main([*words, "--max-seq-length", "32", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    config = FineTuningConfig(max_seq_length=32)
+    model, dataset = lb.load_model(home / "model"), load_dataset(home / "text.txt", config)
+    load_adapter(model, run / "adapter")
+    wanted = FineTuner(model, dataset, dataset, config).evaluate(dataset)
+    assert told["loss"] == pytest.approx(wanted.loss, rel=1e-6)
+    assert told["perplexity"] == pytest.approx(math.exp(told["loss"]))
+    assert told["bleu_score"] == pytest.approx(wanted.bleu_score)
+    assert told["task_accuracy"] == pytest.approx(wanted.task_accuracy)
+    assert main([*words, "--max-seq-length", "32"]) == 0
+    out = capfd.readouterr().out
+    assert f"loss           {told['loss']:.6g}" in out and "1 row read" in out
+
+
+def test_chat_remembers_what_was_said_and_leaves_at_exit(home, monkeypatch, capfd):
+    asked = []
+
+    def answer(model, prompts, max_new_tokens, *_, **__):
+        asked.append(model.tokenizer.decode(prompts[0]))
+        return [model.tokenizer(f"answer {len(asked)}")["input_ids"]]
+
+    monkeypatch.setattr("llmbuilder.models.generate", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\n two \n/exit\nthree\n"))
+    capfd.readouterr()
+    assert main(["chat", "--model", f"{home}/model", "--system", "Be kind"]) == 0
+    assert capfd.readouterr().out == "answer 1\nanswer 2\n"
+    assert len(asked) == 2
+    assert "Be kind" in asked[0] and "one" in asked[0]
+    assert [part in asked[1] for part in ("Be kind", "one", "answer 1", "two")] == [True] * 4
+
+
+def test_chat_forgets_what_no_longer_fits_and_says_so(home, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me a tale\nAnd then\nAnd so\n"))
+    capfd.readouterr()
+    assert main(["chat", "--model", f"{home}/model", "--max-new-tokens", "30"]) == 0
+    assert "forgot the oldest 1" in capfd.readouterr().err
+
+
+# As a program
+
+
+def program(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "llmbuilder", *words], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def test_help_lists_the_commands_and_version_is_the_packages():
+    done = program("--help")
+    assert done.returncode == 0 and all(f"  {name}" in done.stdout for name in COMMANDS)
+    assert program("--version").stdout == f"llmbuilder {lb.__version__}\n"
+    assert program().returncode == 2
+
+
+def test_help_of_finetune_lists_every_setting(capfd):
+    assert main(["finetune", "model", "--help"]) == 0
+    out = capfd.readouterr().out
+    assert all(flag in out for row in rows().values() for flag in row.flags)
+
+
+def test_the_program_chats_from_a_pipe(home, run):
+    words = ["chat", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--max-new-tokens", "4"]
+    done = program(*words, input="Hello\n")
+    assert done.returncode == 0 and done.stdout.count("\n") >= 1
+
+
+def test_the_program_exits_with_the_status(home):
+    done = program("generate", "--model", f"{home}/nothing", "--prompt", "a")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_control_c_ends_the_program_with_130_and_the_run_goes_on(home, run, tmp_path):
+    output = tmp_path / "run"
+    settings = flags(RUN_SETTINGS | {"num_epochs": 500, "save_every": 1})
+    words = ["finetune", "model", "--model", f"{home}/model", "--dataset", f"{home}/text.txt"]
+    command = [sys.executable, "-P", "-m", "llmbuilder", *words, "--output", str(output), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoints/step-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1].endswith("--resume")
+    assert list(output.glob("checkpoints/step-*"))
