@@ -1,6 +1,7 @@
 """Models: the native GPT, Hugging Face folders and GGUF files, loaded, saved and run in one way."""
 
-from .generate import chat_prompt, end_ids, generate
+from .chat import chat_prompt
+from .generate import end_ids, generate
 from .gpt import GPT, GPTConfig
 from .load import computes_bf16, load_model
 from .save import replacing, save_model

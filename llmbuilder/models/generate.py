@@ -1,4 +1,4 @@
-"""Generation: one small loop for native and Hugging Face models, and the prompt of a chat."""
+"""Generation: one small loop for native and Hugging Face models."""
 
 import contextlib
 import inspect
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 from ..errors import LLMBuilderError
 from .structure import context_length
@@ -77,21 +76,6 @@ def end_ids(model: nn.Module) -> tuple[int, ...]:
     ids = list(named) if isinstance(named, (list, tuple)) else [named]
     ids.append(getattr(getattr(model, "tokenizer", None), "eos_token_id", None))
     return tuple(dict.fromkeys(token for token in ids if token is not None))
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's next answer begins.
-
-    Args:
-        tokenizer: its chat template is used if it has one; otherwise each message becomes ``Role: content`` on a line
-            of its own, and the prompt ends in ``Assistant:``.
-        messages: ``{"role": "system" | "user" | "assistant", "content": text}`` in order.
-    """
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
-    return list(tokenizer("".join([*lines, "Assistant:"]))["input_ids"])
 
 
 def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:

@@ -27,9 +27,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3": lambda: transformers.Qwen3Config(**LLAMA_LIKE, **NO_IDS, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**LLAMA_LIKE, **NO_IDS, sliding_window=8),
     "gemma": lambda: transformers.GemmaConfig(**LLAMA_LIKE, **NO_IDS, head_dim=8),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, **NO_IDS
-    ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, **NO_IDS),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
         vocab_size=VOCAB,
         hidden_size=32,
