@@ -1,0 +1,106 @@
+"""Which examples, in which order, made by whom."""
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from llmbuilder.data import Collator
+from llmbuilder.errors import LLMBuilderError
+from llmbuilder.finetune.sampler import check_examples, in_order, load_batches, shuffled
+
+CHECKS: Any = Collator()
+
+
+class FromProcess:
+    """Examples that tell which process made them."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": [index, os.getpid()], "labels": [index, os.getpid()]}
+
+
+def test_every_example_once_an_epoch_the_last_batch_short() -> None:
+    plan = shuffled(10, 4, seed=1, epoch=0)
+    assert [len(keys) for keys in plan] == [4, 4, 2]
+    assert Counter(key for keys in plan for key in keys) == Counter(("train", index) for index in range(10))
+
+
+def test_seed_and_epoch_fix_the_order() -> None:
+    assert shuffled(50, 4, seed=1, epoch=2) == shuffled(50, 4, seed=1, epoch=2)
+    others = [shuffled(50, 4, seed=1, epoch=3), shuffled(50, 4, seed=2, epoch=2), in_order(50, 4)]
+    assert all(shuffled(50, 4, seed=1, epoch=2) != other for other in others)
+
+
+def test_the_batch_size_does_not_change_the_order() -> None:
+    flat = [[key for keys in shuffled(11, size, seed=4, epoch=1) for key in keys] for size in (1, 3, 11)]
+    assert flat[0] == flat[1] == flat[2]
+
+
+def test_batches_hold_what_the_plan_says_and_count_their_targets() -> None:
+    sources = {
+        "train": [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}],
+        "other": [{"input_ids": [9, 8, 7], "labels": [-100, -100, 7]}],
+    }
+    plan = [[("train", 1), ("other", 0)], [("train", 0)]]
+    first, second = load_batches(sources, plan, CHECKS)
+    assert first.keys == plan[0]
+    assert first.tensors["input_ids"].tolist() == [[4, 5, 0], [9, 8, 7]]
+    assert (first.targets, second.targets) == (2, 2)
+
+
+def test_no_batches_of_an_empty_plan() -> None:
+    assert list(load_batches({"train": []}, [], CHECKS)) == []
+
+
+def test_workers_make_the_batches_in_order() -> None:
+    makers = [
+        [(int(row[0]), int(row[1])) for batch in load_batches({"train": FromProcess()}, in_order(6, 1), CHECKS, workers=n)
+         for row in batch.tensors["input_ids"]]
+        for n in (0, 2)
+    ]
+    assert [index for index, _ in makers[1]] == list(range(6))
+    assert {process for _, process in makers[0]} == {os.getpid()}
+    assert len({process for _, process in makers[1]} - {os.getpid()}) == 2
+
+
+def test_loading_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    list(load_batches({"train": FromProcess()}, in_order(6, 2), CHECKS))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pin_memory_reaches_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    loader = torch.utils.data.DataLoader
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        seen.append(settings.pop("pin_memory"))
+        return loader(*args, **settings)
+
+    monkeypatch.setattr("llmbuilder.finetune.sampler.DataLoader", spy)
+    for pin in (False, True):
+        list(load_batches({"train": FromProcess()}, in_order(6, 2), CHECKS, pin_memory=pin))
+    assert seen == [False, True]
+
+
+def test_the_hash_sees_every_token_and_label() -> None:
+    data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
+    other_label = [data[0], {"input_ids": [4], "labels": [4]}]
+    other_cut = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, -100]}]
+    hashes = [check_examples(examples, 8) for examples in (data, list(data), other_label, other_cut, data[::-1])]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+
+
+def test_no_examples_and_too_long_ones_are_refused() -> None:
+    with pytest.raises(LLMBuilderError, match="no examples"):
+        check_examples([], 8)
+    data = [{"input_ids": list(range(9)), "labels": list(range(9))}]
+    assert check_examples(data, 9)
+    with pytest.raises(LLMBuilderError, match="9 tokens, the model's context 8: set max_seq_length"):
+        check_examples(data, 8)
