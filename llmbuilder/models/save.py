@@ -41,16 +41,24 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     _refuse_adapters(model)
-    foreign: Any = model
-    if isinstance(model, GPT):
-        if path.suffix == ".pt":
-            with replacing(path) as temporary:
-                torch.save(_checkpoint(model), temporary)
-            return
-    elif not hasattr(model, "save_pretrained"):
+    if not isinstance(model, GPT) and not hasattr(model, "save_pretrained"):
         raise LLMBuilderError(f"save_model: {type(model).__name__} is neither a GPT nor a transformers model")
-    elif path.suffix == ".pt":
+    if path.suffix == ".pt":
+        _save_file(model, path)
+    else:
+        _save_folder(model, path)
+
+
+def _save_file(model: nn.Module, path: Path) -> None:
+    if not isinstance(model, GPT):
         raise LLMBuilderError(f"save_model: {path}: only a native GPT fits in a .pt file; give a folder's name")
+    if path.is_dir():
+        raise LLMBuilderError(f"save_model: {path} is a folder; give another name")
+    with replacing(path) as temporary:
+        torch.save(_checkpoint(model), temporary)
+
+
+def _save_folder(model: Any, path: Path) -> None:
     _refuse_foreign_files(path)
     with replacing(path) as temporary:
         temporary.mkdir()
@@ -59,7 +67,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
         else:
-            foreign.save_pretrained(temporary)
+            model.save_pretrained(temporary)
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
