@@ -105,6 +105,7 @@ def resolve(model: nn.Module, target_modules: list[str] | str, exclude: list[str
     targets: dict[int, Target] = {}
     for path, module in layers.items():
         if path in found:
+            _check_weight(path, module)
             parts = () if "" in found[path] else tuple(part for part in part_rows(model, path) if part in found[path])
             targets.setdefault(id(module), Target(path, module, parts))
     return list(targets.values())
@@ -151,8 +152,6 @@ def _matches(model: nn.Module, layers: dict[str, nn.Module], name: str) -> list[
     pairs = [(layer, part) for layer, _, part in (entry.partition(":") for entry in own)]
     named = [(path, part) for path in layers for layer, part in pairs if path_ends(path, layer)]
     matches = [(path, part) for path, part in named if is_linear(layers[path]) or _is_embedding(layers[path])]
-    for path, _ in matches:
-        _check_weight(path, layers[path])
     if matches:
         return matches
     if named:

@@ -1,0 +1,257 @@
+"""The name table: what each name means in each architecture, and what is said when it means nothing."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from llmbuilder.errors import ConfigError
+from llmbuilder.models import GPT, GPTConfig
+from llmbuilder.models.names import FAMILIES, part_rows, resolve
+
+SHAPE = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
+GPT2_SHAPE = {"vocab_size": 19, "n_embd": 16, "n_layer": 1, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=4),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE),
+    "gemma": lambda: transformers.GemmaConfig(**SHAPE, head_dim=4),
+    "gemma2": lambda: transformers.Gemma2Config(**SHAPE, head_dim=4),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**SHAPE, head_dim=4),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2_SHAPE),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if "key_value" not in k}),
+    "phi": lambda: transformers.PhiConfig(**SHAPE),
+    "phi3": lambda: transformers.Phi3Config(**SHAPE),
+}
+
+Q, K, V = ("attention.query", "attention.key", "attention.value")
+LLAMA = {
+    Q: ["self_attn.q_proj"],
+    K: ["self_attn.k_proj"],
+    V: ["self_attn.v_proj"],
+    "attention.output": ["self_attn.o_proj"],
+    "mlp.dense": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+}
+# For each name the layers that it means, as "layer" or "layer:part", written down from the modules' sources.
+EXPECTED = {
+    **dict.fromkeys(
+        ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"], ("model.layers.0", LLAMA)
+    ),
+    "gpt2": (
+        "transformer.h.0",
+        {
+            Q: ["attn.c_attn:query"],
+            K: ["attn.c_attn:key"],
+            V: ["attn.c_attn:value"],
+            "attention.output": ["attn.c_proj"],
+            "mlp.dense": ["mlp.c_fc", "mlp.c_proj"],
+        },
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers.0",
+        {
+            Q: ["attention.query_key_value:query"],
+            K: ["attention.query_key_value:key"],
+            V: ["attention.query_key_value:value"],
+            "attention.output": ["attention.dense"],
+            "mlp.dense": ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+        },
+    ),
+    "phi": ("model.layers.0", {**LLAMA, "attention.output": ["self_attn.dense"], "mlp.dense": ["mlp.fc1", "mlp.fc2"]}),
+    "phi3": (
+        "model.layers.0",
+        {
+            Q: ["self_attn.qkv_proj:query"],
+            K: ["self_attn.qkv_proj:key"],
+            V: ["self_attn.qkv_proj:value"],
+            "attention.output": ["self_attn.o_proj"],
+            "mlp.dense": ["mlp.gate_up_proj:gate", "mlp.gate_up_proj:up", "mlp.down_proj"],
+        },
+    ),
+    "native": (
+        "blocks.0",
+        {
+            Q: ["attention.query"],
+            K: ["attention.key"],
+            V: ["attention.value"],
+            "attention.output": ["attention.output"],
+            "mlp.dense": ["mlp.gate", "mlp.up", "mlp.down"],
+        },
+    ),
+}
+
+
+def build(name: str) -> nn.Module:
+    if name == "native":
+        return GPT(GPTConfig(vocab_size=19, n_layer=1, n_head=4, n_embd=16, block_size=8))
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+
+
+def flat(model: nn.Module, names: list[str] | str) -> set[str]:
+    """What ``names`` resolve to, as "path" or "path:part"."""
+    targets = resolve(model, names)
+    assert all(model.get_submodule(target.path) is target.module for target in targets)
+    return {f"{t.path}:{part}" if part else t.path for t in targets for part in (t.parts or [""])}
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert set(EXPECTED) == {*FAMILIES, "native"}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_name_and_group_means_the_layers_of_the_family(name: str) -> None:
+    model, (block, table) = build(name), EXPECTED[name]
+    for guide, layers in table.items():
+        assert flat(model, [guide]) == {f"{block}.{layer}" for layer in layers}
+    attention = {f"{block}.{layer}" for guide, layers in table.items() if guide != "mlp.dense" for layer in layers}
+    assert flat(model, "attention") == attention
+    assert flat(model, "mlp") == flat(model, ["mlp.dense"])
+    assert flat(model, ["attention", "mlp.dense"]) == attention | flat(model, "mlp")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_all_is_every_linear_layer_but_the_head(name: str) -> None:
+    model = build(name)
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    linear = {path for path, module in model.named_modules() if isinstance(module, kinds)}
+    head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
+    assert flat(model, "all") == flat(model, ["all-linear"]) == linear - head
+    assert head
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_embeddings_is_the_table_of_tokens(name: str) -> None:
+    model = build(name)
+    (target,) = resolve(model, "embeddings")
+    assert target.module is model.get_input_embeddings()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
+def test_the_parts_of_a_fused_layer_are_what_the_model_uses_as_them(name: str) -> None:
+    """Doubling a part's rows of weight and bias scales what reaches attention (or the activation) as that part."""
+    torch.manual_seed(0)
+    model = build(name).eval()
+    fused = {t.path: t.module for t in resolve(model, ["attention.query", "mlp.dense"]) if t.parts}
+    for path, layer in fused.items():
+        rows = part_rows(model, path)
+        assert torch.equal(
+            torch.cat(list(rows.values())).sort().values, torch.arange(len(torch.cat(list(rows.values()))))
+        )
+        for part in rows:
+            with torch.no_grad():
+                before = used(model, path)
+                for parameter in layer.parameters(recurse=False):
+                    conv = isinstance(layer, transformers.pytorch_utils.Conv1D) and parameter.dim() == 2
+                    (parameter.t() if conv else parameter)[rows[part]] *= 2
+                after = used(model, path)
+            for other in rows:
+                scale = 2 if other == part else 1
+                torch.testing.assert_close(after[other], scale * before[other], msg=f"{path} {part} {other}")
+
+
+def used(model: nn.Module, path: str) -> dict[str, torch.Tensor]:
+    """What the model makes of a fused layer's output: query, key and value as attention gets them (sizes, since
+    rotation keeps them), or gate and up."""
+    if path.endswith("gate_up_proj"):
+        mlp, x = model.get_submodule(path.rpartition(".")[0]), torch.ones(1, 16)
+        seen: dict[str, torch.Tensor] = {}
+        activation = mlp.activation_fn
+        mlp.activation_fn = nn.Identity()
+        mlp.activation_fn.register_forward_hook(lambda _, inputs, __: seen.update(gate=inputs[0]))
+        down = mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.update(product=inputs[0]))
+        mlp(x)
+        down.remove()
+        mlp.activation_fn = activation
+        return {"gate": seen["gate"], "up": seen["product"] / seen["gate"]}
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = {}
+
+    def spy(module, query, key, value, *args, **kwargs):  # type: ignore[no-untyped-def]
+        seen.update(query=query.norm(dim=-1), key=key.norm(dim=-1), value=value.norm(dim=-1))
+        return query.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("spy", spy)
+    before, model.config._attn_implementation = model.config._attn_implementation, "spy"
+    model(torch.arange(5)[None])
+    model.config._attn_implementation = before
+    return seen
+
+
+def test_the_whole_layer_by_its_own_name_swallows_its_parts() -> None:
+    model = build("gpt2")
+    assert flat(model, ["attention.query", "c_attn"]) == {"transformer.h.0.attn.c_attn"}
+
+
+def test_an_own_name_is_the_end_of_the_path_at_a_dot() -> None:
+    model = build("llama")
+    assert flat(model, ["q_proj"]) == flat(model, ["layers.0.self_attn.q_proj"]) == {"model.layers.0.self_attn.q_proj"}
+    assert flat(model, ["lm_head"]) == {"lm_head"}
+    with pytest.raises(ConfigError, match="'_proj' matches no layer"):
+        resolve(model, ["_proj"])
+
+
+def test_any_architecture_has_its_own_names_and_all() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))
+    assert flat(model, "all") == {"0", "2"}
+    assert flat(model, ["2"]) == {"2"}
+    with pytest.raises(ConfigError, match=r"'attention' matches no layer of Sequential.* by their own names: 0, 2"):
+        resolve(model, "attention")
+
+
+def test_a_shared_layer_is_one_target() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleDict({"first": layer, "second": layer, "third": nn.Linear(3, 3)})
+    assert flat(model, ["second", "first"]) == {"first"}
+    assert flat(model, "all") == {"first", "third"}
+
+
+def test_what_is_excluded_is_left_out_with_all_it_holds() -> None:
+    model = build("llama")
+    targets = resolve(model, "all", exclude=["mlp", "k_proj"])
+    assert {target.path.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj", "o_proj"}
+    with pytest.raises(ConfigError, match="names nothing outside modules_to_save"):
+        resolve(model, "mlp", exclude=["mlp"])
+
+
+def test_a_name_that_matches_nothing_is_answered_with_the_nearest_and_with_what_there_is() -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(build("llama"), ["attention.querry"])
+    said = str(error.value)
+    assert "'attention.querry' matches no layer of LlamaForCausalLM; did you mean 'attention.query'?" in said
+    assert all(name in said for name in ("attention", "mlp.dense", "embeddings", "all", "down_proj", "lm_head"))
+
+
+def test_a_layer_of_another_kind_is_refused_by_its_kind() -> None:
+    with pytest.raises(ConfigError, match="'input_layernorm' is a LlamaRMSNorm; adapters fit linear layers"):
+        resolve(build("llama"), ["input_layernorm"])
+
+
+@pytest.mark.parametrize("names", [["0"], "all"])
+def test_a_quantised_layer_is_refused(names: list[str] | str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    model[0].weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match="the weight of '0' is quantised"):
+        resolve(model, names)
+
+
+def test_the_uncalled_projection_of_torchs_attention_is_no_target() -> None:
+    """nn.MultiheadAttention reads its out_proj's weight and never calls it: an adapter there would do nothing."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "dense": nn.Linear(4, 4)})
+    assert flat(model, "all") == {"dense"}
+
+
+def test_grouped_attention_has_fewer_rows_of_key_and_value() -> None:
+    model = build("phi3")
+    rows = part_rows(model, "model.layers.0.self_attn.qkv_proj")
+    assert [len(rows[part]) for part in ("query", "key", "value")] == [16, 8, 8]
+    assert part_rows(model, "model.layers.0.self_attn.o_proj") == {}
