@@ -119,9 +119,9 @@ struct Softmax {
 
 /// The gradient of weight * loss in the logits' place.
 template <class T>
-void differentiate(const Row<T>& row, const Softmax& softmax, i64 target, float loss, float weight) {
+void differentiate(const Row<T>& row, const Softmax& softmax, i64 target, double loss, float weight) {
   // p - 1 without the cancellation; taken before the logits are overwritten
-  const float at_target = float(expm1(-double(loss))) * weight * row.at(target).slope[0];
+  const float at_target = float(expm1(-loss)) * weight * row.at(target).slope[0];
   const float factor = float(weight / softmax.total);
   float z[BLOCK], slopes[BLOCK];
   for (i64 first = 0; first < row.columns; first += BLOCK) {
@@ -146,9 +146,10 @@ void run(T* logits, i64 rows, i64 columns, const i64* targets, const float* row_
   for (i64 i = 0; i < rows; i++) {
     const Row<T> row{logits + i * columns, columns, softcap};
     const Softmax softmax(row);
-    losses[i] = float(log(softmax.total) + (double(softmax.largest) - row.at(targets[i]).z[0]));
+    const double loss = log(softmax.total) + (double(softmax.largest) - row.at(targets[i]).z[0]);
+    losses[i] = float(loss);
     predictions[i] = softmax.prediction(row);
-    if (need_grad) differentiate(row, softmax, targets[i], losses[i], row_weights ? row_weights[i] : 1.0f);
+    if (need_grad) differentiate(row, softmax, targets[i], loss, row_weights ? row_weights[i] : 1.0f);
   }
 }
 
