@@ -54,6 +54,9 @@ class RequestBuilder:
             except RowError as error:
                 report.malformed.append(f"{row.where}: {error}")
                 continue
+            if not pieces:
+                report.malformed.append(f"{row.where}: nothing but white space and separators")
+                continue
             report.rows += len(pieces) - 1  # the text itself was counted when it was read
             for piece in pieces:
                 if isinstance(piece, Row):

@@ -10,7 +10,7 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -80,6 +80,12 @@ def read_rows(data: Data) -> Reading:
         return data
     if isinstance(data, str | Path):
         return _read_path(Path(data))
+    if isinstance(data, Mapping):
+        raise LLMBuilderError(f"rows in memory are a sequence; this is a mapping: pass one of its values, {list(data)}")
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise LLMBuilderError(
+            f"expected a path, or rows with a length and indices (such as a list), got {type(data).__name__}"
+        )
     if not len(data):
         raise LLMBuilderError("the dataset is empty: it has no rows")
     report = DataReport("rows in memory")
@@ -102,7 +108,7 @@ def _read_path(path: Path) -> Reading:
         if file.stat().st_size:
             rows.extend(_reader(file)(file, report))
         elif path.is_dir():
-            report.malformed.append(f"{file}: empty file")
+            _reject(str(file), "empty file", report)
         else:
             raise LLMBuilderError(f"{path}: the file is empty")
     return Reading(rows, report)
@@ -123,7 +129,7 @@ def _folder_files(folder: Path, report: DataReport) -> list[Path]:
     return files
 
 
-def _reader(file: Path) -> Any:
+def _reader(file: Path) -> Callable[[Path, DataReport], Iterator[Row]]:
     ending = file.suffix.lower()
     if ending in TEXT_ENDINGS:
         return _text_rows
@@ -133,7 +139,8 @@ def _reader(file: Path) -> Any:
         return _json_rows
     if ending == ".parquet":
         return _parquet_rows
-    raise LLMBuilderError(f"{file}: cannot read files ending in '{ending}'; expected one of {_endings()}")
+    what = f"files ending in '{ending}'" if ending else "files without an ending"
+    raise LLMBuilderError(f"{file}: cannot read {what}; expected one of {_endings()}")
 
 
 def _endings() -> str:
@@ -183,8 +190,8 @@ def _json_rows(file: Path, report: DataReport) -> Iterator[Row]:
 
 def _parquet_rows(file: Path, report: DataReport) -> Iterator[Row]:
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        batches = [batch.to_pylist() for batch in table.iter_batches()]
+        with pyarrow.parquet.ParquetFile(file) as table:
+            batches = [batch.to_pylist() for batch in table.iter_batches()]
     except (pyarrow.ArrowException, OSError) as error:
         raise LLMBuilderError(f"{file}: cannot be read as parquet: {error}") from error
     index = 0

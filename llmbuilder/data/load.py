@@ -1,11 +1,10 @@
 """One door to the datasets: chosen by the settings and by the shape of the data."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, cast
 
 from .examples import Dataset
-from .formats import Data, Reading, read_rows
+from .formats import Data, read_rows
 from .shapes import shape_of
 from .task import ChatDataset, TaskDataset
 from .text import TextDataset
@@ -40,8 +39,6 @@ def load_dataset(path: Data | Dataset, config: Any) -> Dataset:
     """
     if hasattr(path, "bind"):
         return cast(Dataset, path)
-    if not isinstance(path, str | Path | Reading) and len(path) and "input_ids" in path[0]:
-        return TokenDataset(path)
     reading = read_rows(path)
     shapes = Counter(shape_of(row) for row in reading.rows)
     shape = shapes.most_common(1)[0][0] if shapes else "unknown"

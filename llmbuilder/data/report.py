@@ -31,6 +31,8 @@ class DataReport:
     """Tokens that those cuts removed."""
     dropped_turns: int = 0
     """Turns of conversations left out because of ``max_turns``, or before the first user turn."""
+    single_tokens: int = 0
+    """Blocks of plain text of one token (a document's last one can be such): they are kept, and predict nothing."""
     examples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -70,6 +72,8 @@ class DataReport:
             )
         if self.dropped_turns:
             sentences.append(f"{_count(self.dropped_turns, 'turn')} dropped")
+        if self.single_tokens:
+            sentences.append(f"{_count(self.single_tokens, 'block')} of a single token, with nothing to predict")
         if self.skipped_files:
             sentences.append(f"{_count(len(self.skipped_files), 'other file')} skipped: {_some(self.skipped_files)}")
         return ". ".join(sentences) + "."

@@ -59,7 +59,7 @@ def shape_of(row: Row) -> str:
         return "text"
     if "input_ids" in row.value:
         return "tokens"
-    if any(isinstance(row.value.get(column), list) for column in MESSAGE_COLUMNS):
+    if any(row.value.get(column) is not None for column in MESSAGE_COLUMNS):
         return "messages"
     for shape, request, _, response in PAIR_COLUMNS:
         if request in row.value and response in row.value:
@@ -95,13 +95,18 @@ def pair_of(row: Row) -> Pair:
                 _string(row.value, "system", optional=True),
             )
     pairs = ", ".join(sorted({f"{request}/{response}" for _, request, _, response in PAIR_COLUMNS}))
-    raise RowError(f"no pair of columns such as {pairs}; it has {_either(row.value, 'and')}")
+    raise RowError(
+        f"neither messages, conversations nor a pair of columns ({pairs}); it has {_either(row.value, 'and')}"
+    )
 
 
 def messages_of(row: Row) -> list[Message]:
     """The messages of an OpenAI (``messages``: role, content) or ShareGPT (``conversations``: from, value) row."""
     assert isinstance(row.value, dict)
-    turns = next(row.value[column] for column in MESSAGE_COLUMNS if isinstance(row.value.get(column), list))
+    column = next(column for column in MESSAGE_COLUMNS if row.value.get(column) is not None)
+    turns = row.value[column]
+    if not isinstance(turns, list):
+        raise RowError(f"column '{column}' is not an array of turns but {type(turns).__name__}")
     messages = [_message(number, turn) for number, turn in enumerate(turns, start=1)]
     system = _string(row.value, "system", optional=True)
     return [{"role": "system", "content": system}, *messages] if system else messages
@@ -113,25 +118,35 @@ def question_answer_rows(row: Row) -> Iterator[Row | str]:
     Lines that begin with neither go on with what they follow; ``Q:`` and ``A:`` serve as well.
     """
     assert isinstance(row.value, str)
-    lines = row.value.replace("\r\n", "\n").split("\n")
-    marks = [(n, m) for n, m in ((n, _MARK.match(line)) for n, line in enumerate(lines)) if m]
-    if preamble := "".join(lines[: marks[0][0] if marks else None]).strip():
-        yield f"{row.where}:1: text before the first 'Question:': {preamble[:40]!r}"
-    parts = []
-    for (start, mark), (end, _) in zip(marks, [*marks[1:], (len(lines), None)], strict=True):
-        body = "\n".join([lines[start][mark.end() :], *lines[start + 1 : end]]).strip()
-        parts.append((mark[1][0].lower(), f"{row.where}:{start + 1}", body))
-    for index, (kind, where, body) in enumerate(parts):
-        if kind == "a":
-            if index == 0 or parts[index - 1][0] != "q":
+    parts = _marked_parts(row.value.replace("\r\n", "\n").split("\n"))
+    for index, (mark, line, body) in enumerate(parts):
+        where = f"{row.where}:{line}"
+        before = parts[index - 1][0] if index else ""
+        behind = parts[index + 1][0] if index + 1 < len(parts) else ""
+        if mark == "":
+            if body:
+                yield f"{where}: text before the first 'Question:': {body[:40]!r}"
+        elif mark == "a":
+            if before != "q":
                 yield f"{where}: an answer without a question"
-        elif index + 1 < len(parts) and parts[index + 1][0] == "a":
+        elif behind == "a":
             yield Row(where, {"question": body, "answer": parts[index + 1][2]})
         else:
             yield f"{where}: a question without an answer"
 
 
-_MARK = re.compile(r"\s*(question|answer|q|a)\s*:\s*", re.IGNORECASE)
+_MARK = re.compile(r"\s*(question|answer|q|a)\s*:", re.IGNORECASE)
+
+
+def _marked_parts(lines: list[str]) -> list[tuple[str, int, str]]:
+    """(``q``, ``a``, or nothing for what stands before the first mark; number of its first line; text) of each part."""
+    parts: list[tuple[str, int, list[str]]] = [("", 1, [])]
+    for number, line in enumerate(lines, start=1):
+        if mark := _MARK.match(line):
+            parts.append((mark[1][0].lower(), number, [line[mark.end() :]]))
+        else:
+            parts[-1][2].append(line)
+    return [(mark, number, "\n".join(body).strip()) for mark, number, body in parts]
 
 
 def conversation_rows(row: Row, separator: str) -> Iterator[Row]:
@@ -161,14 +176,15 @@ def _message(number: int, turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise RowError(f"turn {number} is not an object")
     role = turn.get("role", turn.get("from"))
-    if role not in ROLES:
+    name = str(role).lower()
+    if name not in ROLES:
         raise RowError(f"turn {number} has the unknown role {role!r}; known are {_either(ROLES, 'and')}")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise RowError(f"turn {number} ({role}) has no text as its content")
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[name], "content": content}
 
 
 def _string(value: dict[str, Any], column: str, optional: bool = False) -> str:

@@ -180,7 +180,7 @@ class ChatTemplate:
             prefix = self._render(before, prompt=True)
             if text.startswith(prefix):
                 return len(prefix)
-        elif self._opening in text:  # the answer opens the conversation; the template may put a system prompt before it
+        elif self._opening and self._opening in text:  # the first turn; a system prompt may stand before it
             return text.index(self._opening) + len(self._opening)
         raise RowError(f"the chat template writes turn {index + 1} differently when the conversation goes on")
 

@@ -1,17 +1,24 @@
 """Plain text, cut into blocks: every token is used once per epoch."""
 
+import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError
 from .examples import Binding, Example, Examples, GenerationPair, Ids, Settings, Tokenised, Tokenizer, collect_pairs
-from .formats import Data, Row, read_rows
+from .formats import Data, read_rows
 from .report import DataReport
 from .shapes import RowError, text_of
 
-_BATCH_CHARS = 2**20  # text handed to the tokenizer at once: enough for its threads, little memory
+_PIECE_CHARS = 2**16  # a longer text is tokenised in pieces of about this size
+_BATCH_CHARS = 2**22  # text collected before it is tokenised
+_BATCH_PIECES = 64  # pieces and short documents handed to the tokenizer at once
+_AROUND = 512  # characters on each side of a cut that are tokenised to try it
+_TRIES = 8  # places that are tried for a cut
+_WORD_END = re.compile(r"(?<=\w)(?=\s)")
 
 
 class TextDataset:
@@ -78,38 +85,76 @@ class TextDataset:
         return Examples(self._blocks(tokenizer, size, report))
 
     def _blocks(self, tokenizer: Tokenizer, size: int, report: DataReport) -> Iterator[Tokenised]:
-        for row, ids in _tokenise(tokenizer, self._documents(report)):
+        for where, ids in _tokenise(tokenizer, self._documents(report)):
+            if not len(ids):
+                report.malformed.append(f"{where}: the tokenizer makes no token of it")
+                continue
             report.kept += 1
-            if len(ids) == 1:
-                report.notes.append(f"{row.where} is a single token, which predicts nothing")
+            report.single_tokens += len(ids) % size == 1
             for start in range(0, len(ids), size):
                 block = ids[start : start + size]
                 yield Tokenised(block, np.ones(len(block), np.bool_), prompt=len(block) // 2)
 
-    def _documents(self, report: DataReport) -> Iterator[tuple[Row, str]]:
+    def _documents(self, report: DataReport) -> Iterator[tuple[str, str]]:
         for row in self._rows:
             try:
-                yield row, text_of(row, self._column)
+                yield row.where, text_of(row, self._column)
             except RowError as error:
                 report.malformed.append(f"{row.where}: {error}")
 
 
-def _tokenise(tokenizer: Tokenizer, documents: Iterable[tuple[Row, str]]) -> Iterator[tuple[Row, Ids]]:
-    batch: list[tuple[Row, str]] = []
+def _tokenise(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Ids]]:
+    """Each document's ids, the same as ``tokenizer(text, add_special_tokens=False)`` would give for the whole text."""
+    batch: list[str] = []
+    owners: list[str] = []
     chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document[1])
+    for where, text in documents:
+        for piece in cut(tokenizer, text):
+            batch.append(piece)
+            owners.append(where)
+            chars += len(piece)
         if chars >= _BATCH_CHARS:
-            yield from _tokenise_batch(tokenizer, batch)
-            batch, chars = [], 0
-    if batch:
-        yield from _tokenise_batch(tokenizer, batch)
+            yield from _join(owners, _ids(tokenizer, batch))
+            batch, owners, chars = [], [], 0
+    yield from _join(owners, _ids(tokenizer, batch))
 
 
-def _tokenise_batch(tokenizer: Tokenizer, batch: list[tuple[Row, str]]) -> Iterator[tuple[Row, Ids]]:
-    encoded = tokenizer(
-        [text for _, text in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    for (row, _), ids in zip(batch, encoded["input_ids"], strict=True):
-        yield row, np.array(ids, np.int32)
+def _join(owners: list[str], pieces: list[Ids]) -> Iterator[tuple[str, Ids]]:
+    for where, group in groupby(zip(owners, pieces, strict=True), key=lambda item: item[0]):
+        yield where, np.concatenate([ids for _, ids in group])
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
+    ids: list[Ids] = []
+    for start in range(0, len(texts), _BATCH_PIECES):
+        encoded = tokenizer(
+            texts[start : start + _BATCH_PIECES], add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids += [np.array(piece, np.int32) for piece in encoded["input_ids"]]
+    return ids
+
+
+def cut(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """A long text in pieces whose ids, joined, are the ids of the whole. They need less memory and keep threads busy.
+
+    Cuts stand before white space behind a word, and only where the surroundings have the same ids in two pieces as in
+    one. Where there is no such place (a tokenizer that begins each text with a space, say), the rest stays whole.
+    """
+    start = 0
+    while len(text) - start > 2 * _PIECE_CHARS:
+        place = _safe_cut(tokenizer, text, start + _PIECE_CHARS)
+        if place is None:
+            break
+        yield text[start:place]
+        start = place
+    yield text[start:]
+
+
+def _safe_cut(tokenizer: Tokenizer, text: str, position: int) -> int | None:
+    for match in islice(_WORD_END.finditer(text, position), _TRIES):
+        place = match.start()
+        before, behind = text[place - _AROUND : place], text[place : place + _AROUND]
+        left, right, whole = _ids(tokenizer, [before, behind, before + behind])
+        if np.array_equal(np.concatenate([left, right]), whole):
+            return place
+    return None

@@ -28,7 +28,7 @@ class TokenDataset:
     Positions whose ``attention_mask`` is 0 are padding, and left out. Each row is read once.
 
     Args:
-        path: a file of such rows, or rows in memory: a torch map-style dataset, a ``datasets.Dataset``, a list of dicts.
+        path: a file of such rows, or rows in memory: a torch map-style dataset, a ``datasets.Dataset``, a list.
             Values may be lists, arrays or tensors of one dimension.
 
     Raises:
