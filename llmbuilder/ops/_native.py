@@ -203,11 +203,13 @@ def softmax_cross_entropy_(
     logits: Tensor, targets: Tensor, row_weights: Tensor | None, softcap: float, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses and predictions of ``logits[M, V]``; their gradient takes the logits' place when asked for."""
-    losses, predictions = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
+    rows, columns = logits.shape
+    losses, predictions = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
     _C.softmax_cross_entropy(
         _DTYPES[logits.dtype],
         logits.data_ptr(),
-        *logits.shape,
+        rows,
+        columns,
         targets.data_ptr(),
         0 if row_weights is None else row_weights.data_ptr(),
         softcap,
