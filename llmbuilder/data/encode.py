@@ -19,22 +19,25 @@ Placed: TypeAlias = tuple[str, Rendered]
 
 @dataclass(frozen=True)
 class RequestBuilder:
-    """Makes the examples of a task from its rows, when tokenizer and settings are known."""
+    """Makes the examples of ``settings.task_type`` from rows, when tokenizer and settings are known.
+
+    ``column`` is where a row of plain text has its text; None: ``text`` or ``content``.
+    """
 
     rows: list[Row]
-    task_type: str
+    column: str | None = None
 
     def __call__(self, tokenizer: Tokenizer, settings: Settings, report: DataReport) -> Examples:
         """Render, tokenise, mask and cut; the report tells what became of each row."""
         writer = Writer(tokenizer)
-        report.notes.append(f"Task {self.task_type}. {writer.describe()}")
+        report.notes.append(f"Task {settings.task_type}. {writer.describe()}")
         rendered = self._rendered(writer, settings, report)
         return Examples(_tokenise(tokenizer, rendered, writer.adds_special_tokens, settings, report))
 
     def _rendered(self, writer: Writer, settings: Settings, report: DataReport) -> Iterator[Placed]:
         for row in self._pieces(settings, report):
             try:
-                rendered = self._render(row, writer, settings, report)
+                rendered = _render(row, writer, settings, report)
             except RowError as error:
                 report.malformed.append(f"{row.where}: {error}")
                 continue
@@ -50,7 +53,7 @@ class RequestBuilder:
                 yield row
                 continue
             try:
-                pieces = list(self._split(Row(row.where, text_of(row)), settings))
+                pieces = list(_split(Row(row.where, text_of(row, self.column)), settings))
             except RowError as error:
                 report.malformed.append(f"{row.where}: {error}")
                 continue
@@ -64,19 +67,22 @@ class RequestBuilder:
                 else:
                     report.malformed.append(piece)
 
-    def _split(self, row: Row, settings: Settings) -> Iterable[Row | str]:
-        if self.task_type == "question_answering":
-            return question_answer_rows(row)
-        if self.task_type != "conversation":
-            raise RowError("plain text, where a request and a response are expected")
-        if settings.turn_separator is None:
-            raise RowError("plain text is split into turns by turn_separator, and none is set")
-        return conversation_rows(row, settings.turn_separator)
 
-    def _render(self, row: Row, writer: Writer, settings: Settings, report: DataReport) -> Rendered:
-        if shape_of(row) == "messages":
-            return _render_conversation(messages_of(row), writer, settings.max_turns, report)
-        return writer.pair(pair_of(row), TASKS[self.task_type])
+def _split(row: Row, settings: Settings) -> Iterable[Row | str]:
+    if settings.task_type == "question_answering":
+        return question_answer_rows(row)
+    if settings.task_type != "conversation":
+        raise RowError("plain text, where a request and a response are expected")
+    if settings.turn_separator is None:
+        raise RowError("plain text is split into turns by turn_separator, and none is set")
+    return conversation_rows(row, settings.turn_separator)
+
+
+def _render(row: Row, writer: Writer, settings: Settings, report: DataReport) -> Rendered:
+    if shape_of(row) == "messages":
+        return _render_conversation(messages_of(row), writer, settings.max_turns, report)
+    assert settings.task_type is not None
+    return writer.pair(pair_of(row), TASKS[settings.task_type])
 
 
 def _render_conversation(

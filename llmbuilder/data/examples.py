@@ -59,6 +59,7 @@ class Dataset(Protocol):
 class Settings:
     """The settings that shape examples; None where neither the dataset nor the configuration gives one."""
 
+    task_type: str | None = None
     max_seq_length: int | None = None
     turn_separator: str | None = None
     response_loss_only: bool | None = None
@@ -70,6 +71,8 @@ class Settings:
         for field in fields(self):
             own, configured = getattr(self, field.name), getattr(config, field.name, None)
             merged[field.name] = configured if own is None else own
+        if self.task_type is None and getattr(config, "dialogue_format", False):
+            merged["task_type"] = "conversation"
         lengths = [length for length in (self.max_seq_length, getattr(config, "max_seq_length", None)) if length]
         merged["max_seq_length"] = min(lengths, default=None)
         return Settings(**merged)
@@ -144,8 +147,10 @@ class Binding:
         self._build = build
         self._reading = report
         self._own_tokenizer = tokenizer
-        self._settings = settings
+        self._own_settings = settings
         self._key: tuple[Any, ...] | None = None
+        self.settings = settings
+        """Those of the examples: the dataset's own, and once bound the configuration's."""
         self._tokenizer = tokenizer
         self._examples: Examples | None = None
         self.report = report
@@ -165,7 +170,7 @@ class Binding:
                     "leave tokenizer= out, and the model's is used"
                 )
             tokenizer = own
-        self._tokenise(tokenizer if own is None else own, self._settings.over(config))
+        self._tokenise(tokenizer if own is None else own, self._own_settings.over(config))
 
     def examples(self) -> Examples:
         """The examples; of a dataset with a tokenizer of its own also before ``bind``."""
@@ -175,7 +180,7 @@ class Binding:
                     "this dataset is not tokenised yet: give it tokenizer=…, call bind(tokenizer, config), "
                     "or hand it to a FineTuner"
                 )
-            self._tokenise(self._own_tokenizer, self._settings)
+            self._tokenise(self._own_tokenizer, self._own_settings)
         assert self._examples is not None
         return self._examples
 
@@ -196,7 +201,8 @@ class Binding:
         examples = self._build(tokenizer, settings, report)
         examples.count(report)
         report.require_examples()
-        self._key, self._tokenizer, self._examples, self.report = key, tokenizer, examples, report
+        self._key, self._tokenizer, self.settings = key, tokenizer, settings
+        self._examples, self.report = examples, report
 
 
 def collect_pairs(dataset: Dataset, limit: int) -> list[GenerationPair]:

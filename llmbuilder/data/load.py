@@ -1,13 +1,12 @@
 """One door to the datasets: chosen by the settings and by the shape of the data."""
 
-from collections import Counter
 from typing import Any, cast
 
 from .examples import Dataset
 from .formats import Data, read_rows
-from .shapes import shape_of
+from .shapes import main_shape
 from .task import ChatDataset, TaskDataset
-from .text import TextDataset
+from .text import TextDataset, asks_for_responses
 from .tokens import TokenDataset
 
 
@@ -40,17 +39,16 @@ def load_dataset(path: Data | Dataset, config: Any) -> Dataset:
     if hasattr(path, "bind"):
         return cast(Dataset, path)
     reading = read_rows(path)
-    shapes = Counter(shape_of(row) for row in reading.rows)
-    shape = shapes.most_common(1)[0][0] if shapes else "unknown"
+    shape = main_shape(reading.rows)
     if shape == "tokens":
         return TokenDataset(reading)
     task, why = _task_type(shape, config)
     reading.report.notes.append(f"Taken as {task}, {why}")
     if task == "conversation":
         return ChatDataset(reading)
-    if task == "language_modeling" or (task == "code" and shape == "text"):
-        return TextDataset(reading, block_size=getattr(config, "max_seq_length", None) or 1024)
-    return TaskDataset(reading, task)
+    if asks_for_responses(task, reading.rows):
+        return TaskDataset(reading, task)
+    return TextDataset(reading, block_size=getattr(config, "max_seq_length", None) or 1024)
 
 
 def _task_type(shape: str, config: Any) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """What a row says: the shapes that public datasets use, brought down to three, text, pair and messages."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -65,6 +66,12 @@ def shape_of(row: Row) -> str:
         if request in row.value and response in row.value:
             return shape
     return "text" if any(column in row.value for column in TEXT_COLUMNS) else "unknown"
+
+
+def main_shape(rows: list[Row]) -> str:
+    """The shape of most rows; ``unknown`` where there are none."""
+    shapes = Counter(shape_of(row) for row in rows)
+    return shapes.most_common(1)[0][0] if shapes else "unknown"
 
 
 def text_of(row: Row, column: str | None = None) -> str:

@@ -39,8 +39,9 @@ class TaskDataset:
         self.task_type = task_type
         self.metric = TASKS[task_type].metric
         reading = read_rows(path)
-        builder = RequestBuilder(reading.rows, task_type)
-        self._binding = Binding(builder, reading.report, tokenizer, Settings(max_seq_length=max_seq_length))
+        self._binding = Binding(
+            RequestBuilder(reading.rows), reading.report, tokenizer, Settings(task_type, max_seq_length)
+        )
 
     def bind(self, tokenizer: Tokenizer, config: Any) -> None:
         """Tokenise with this tokenizer and the settings of ``config`` that the dataset wasn't given; idempotent."""
@@ -102,8 +103,8 @@ class ChatDataset:
         if max_turns is not None and max_turns < 1:
             raise ConfigError(f"max_turns must be at least 1, got {max_turns}")
         reading = read_rows(path)
-        settings = Settings(max_seq_length, turn_separator, response_loss_only, max_turns)
-        self._binding = Binding(RequestBuilder(reading.rows, self.task_type), reading.report, tokenizer, settings)
+        settings = Settings(self.task_type, max_seq_length, turn_separator, response_loss_only, max_turns)
+        self._binding = Binding(RequestBuilder(reading.rows), reading.report, tokenizer, settings)
 
     def bind(self, tokenizer: Tokenizer, config: Any) -> None:
         """Tokenise with this tokenizer and the settings of ``config`` that the dataset wasn't given; idempotent."""

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from .encode import RequestBuilder
 from .examples import Binding, Example, Examples, GenerationPair, Ids, Settings, Tokenised, Tokenizer, collect_pairs
-from .formats import Data, read_rows
+from .formats import Data, Row, read_rows
 from .report import DataReport
-from .shapes import RowError, text_of
+from .shapes import RowError, main_shape, text_of
+from .templates import TASKS
 
 _PIECE_CHARS = 2**16  # a longer text is tokenised in pieces of about this size
 _BATCH_CHARS = 2**22  # text collected before it is tokenised
@@ -29,6 +31,10 @@ class TextDataset:
     never holds two of them, so a document's last block may be shorter. Joined, its blocks are its tokens: none is lost
     or repeated. Every token of a block is a label; the loss shifts them by one inside the block.
 
+    Bound with a configuration whose ``task_type`` or ``dialogue_format`` asks for responses, it reads the same rows as
+    ``TaskDataset`` does (``Question: …`` and ``Answer: …`` lines, turns between separators, pairs, messages), and no
+    example is longer than ``block_size``.
+
     Args:
         path: a text file (utf-8), a folder, a jsonl, json or parquet file with a column of text, or rows in memory.
         block_size: tokens in a block, at least 2. A smaller ``max_seq_length`` of the configuration takes its place,
@@ -41,9 +47,6 @@ class TextDataset:
         ConfigError: ``block_size`` below 2.
     """
 
-    task_type = "language_modeling"
-    metric = "next_token"
-
     def __init__(
         self, path: Data, block_size: int = 1024, tokenizer: Tokenizer | None = None, *, column: str | None = None
     ) -> None:
@@ -53,11 +56,21 @@ class TextDataset:
         self._rows = reading.rows
         self._block_size = block_size
         self._column = column
-        self._binding = Binding(self._build, reading.report, tokenizer, Settings())
+        self._binding = Binding(self._build, reading.report, tokenizer, Settings(max_seq_length=block_size))
 
     def bind(self, tokenizer: Tokenizer, config: Any) -> None:
         """Tokenise with this tokenizer (idempotent); ``config.max_seq_length`` limits the block size."""
         self._binding.bind(tokenizer, config)
+
+    @property
+    def task_type(self) -> str:
+        """``language_modeling``, unless the configuration that the dataset is bound with has another."""
+        return self._binding.settings.task_type or "language_modeling"
+
+    @property
+    def metric(self) -> str:
+        """``next_token``; ``exact_match`` for ``question_answering``."""
+        return TASKS[self.task_type].metric if self.task_type in TASKS else "next_token"
 
     @property
     def report(self) -> DataReport:
@@ -79,7 +92,9 @@ class TextDataset:
         return collect_pairs(self, limit)
 
     def _build(self, tokenizer: Tokenizer, settings: Settings, report: DataReport) -> Examples:
-        size = min(self._block_size, settings.max_seq_length or self._block_size)
+        if asks_for_responses(settings.task_type, self._rows):
+            return RequestBuilder(self._rows, self._column)(tokenizer, settings, report)
+        size = settings.max_seq_length or self._block_size
         smaller = f" (max_seq_length; block_size is {self._block_size})" if size < self._block_size else ""
         report.notes.append(f"Plain text in blocks of {size} tokens{smaller}")
         return Examples(self._blocks(tokenizer, size, report))
@@ -101,6 +116,13 @@ class TextDataset:
                 yield row.where, text_of(row, self._column)
             except RowError as error:
                 report.malformed.append(f"{row.where}: {error}")
+
+
+def asks_for_responses(task_type: str | None, rows: list[Row]) -> bool:
+    """Whether the task is to answer requests, rather than to go on with plain text (which code may be as well)."""
+    if task_type == "code":
+        return main_shape(rows) != "text"
+    return task_type not in (None, "language_modeling")
 
 
 def _tokenise(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Ids]]:

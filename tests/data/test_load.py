@@ -27,7 +27,7 @@ CHAT = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "co
         (ALPACA, {"dialogue_format": True}, ChatDataset, "conversation", "as dialogue_format says"),
         (ALPACA, {"task_type": "conversation"}, ChatDataset, "conversation", "as task_type says"),
         (ALPACA, {"task_type": "code"}, TaskDataset, "code", "as task_type says"),
-        ({"text": "t"}, {"task_type": "code"}, TextDataset, "language_modeling", "as task_type says"),
+        ({"text": "t"}, {"task_type": "code"}, TextDataset, "code", "as task_type says"),
         (QA | {"text": "t"}, {"task_type": "language_modeling"}, TextDataset, "language_modeling", "as task_type"),
         (CHAT, {"task_type": "instruction"}, TaskDataset, "instruction", "as task_type says"),
         ({"input_ids": [1, 2]}, {}, TokenDataset, "language_modeling", "Tokenised before"),

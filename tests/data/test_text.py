@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmbuilder.data import TextDataset, text
+from llmbuilder.data import TaskDataset, TextDataset, text
 from llmbuilder.errors import ConfigError, LLMBuilderError
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,6 +96,35 @@ def test_generation_pairs_are_the_halves_of_blocks(tokenizer):
     assert dataset.generation_pairs(9) == [(encode("ab"), "cde"), (encode("é")[:1], tokenizer.decode(encode("é")[1:]))]
     assert dataset.generation_pairs(1) == [(encode("ab"), "cde")]
     assert dataset.generation_pair(2) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"),
+    [
+        ("Question: q?\nAnswer: a\n", {"task_type": "question_answering"}),
+        ("hi<turn>yo<turn>bye<turn>", {"dialogue_format": True, "turn_separator": "<turn>"}),
+    ],
+)
+def test_a_task_of_the_configuration_is_heard(tmp_path, tokenizer, config, content, settings):
+    (tmp_path / "a.txt").write_text(content)
+    dataset = TextDataset(tmp_path / "a.txt", block_size=99)
+    dataset.bind(tokenizer, config(**settings))
+    task = settings.get("task_type", "conversation")
+    same = TaskDataset(tmp_path / "a.txt", task)
+    same.bind(tokenizer, config(**settings))
+    assert [dataset[0]] == [same[0]] and -100 in dataset[0]["labels"]
+    assert (dataset.task_type, dataset.metric) == (task, same.metric)
+    assert dataset.generation_pairs(5) == same.generation_pairs(5)
+    dataset.bind(tokenizer, config())
+    assert dataset.task_type == "language_modeling" and tokenizer.decode(ids_of(dataset)) == content
+
+
+def test_code_in_plain_text_is_text_and_in_pairs_is_answered(tokenizer, config):
+    for rows, learnt in ((["x = 1\n"], "x = 1\n"), ([{"prompt": "one", "completion": "x = 1"}], "x = 1<|im_end|>")):
+        dataset = TextDataset(rows)
+        dataset.bind(tokenizer, config(task_type="code"))
+        assert tokenizer.decode([label for label in dataset[0]["labels"] if label != -100]) == learnt
+        assert (dataset.task_type, dataset.metric) == ("code", "next_token")
 
 
 def test_errors():
