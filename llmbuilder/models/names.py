@@ -167,7 +167,7 @@ def _nothing(model: nn.Module, layers: dict[str, nn.Module], name: str) -> str:
     common = [*(GROUPS if table else ()), *table, *SPECIAL]
     own = sorted({path.rpartition(".")[2] for path, m in layers.items() if is_linear(m) or _is_embedding(m)})
     return (
-        f"target_modules: '{name}' matches no layer of {type(model).__name__}{nearest(name, [*common, *own])}. "
+        f"target_modules: '{name}' matches no layer of {type(model).__name__}{nearest(name, [*common, *own]) or '.'} "
         f"It has: {', '.join(common)}; by their own names: {', '.join(own)}"
     )
 

@@ -42,9 +42,10 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
         LLMBuilderError: the name is taken or unusable, or adapters are merged. The model is then as it was.
     """
     config = config or LoRAConfig()
+    copied = _modules_to_save(model, config.modules_to_save)
     targets = resolve(model, config.target_modules, exclude=config.modules_to_save)
     plans = [Plan(t.path, t.module, _pieces(model, t, config.rank), config.scaling) for t in targets]
-    attach(model, name, config, plans, _modules_to_save(model, config.modules_to_save))
+    attach(model, name, config, plans, copied)
 
 
 def attach(
@@ -114,7 +115,7 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Mod
         if not matches:
             leaves = sorted({path.rpartition(".")[2] for path in layers if path and not path[-1].isdigit()})
             raise ConfigError(
-                f"modules_to_save: '{name}' matches no module of {type(model).__name__}{nearest(name, leaves)}. "
+                f"modules_to_save: '{name}' matches no module of {type(model).__name__}{nearest(name, leaves) or '.'} "
                 f"It has: {', '.join(leaves)}"
             )
         for path, module in matches:
