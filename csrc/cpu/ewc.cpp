@@ -39,23 +39,13 @@ class Chunks {
 
 // Everything is computed in double: memory is the limit, and each result is then rounded just once.
 
-/// LANES elements as two vectors of doubles.
-struct Doubles {
-  D low, high;
-};
 template <class T>
 inline Doubles load_doubles(const T* p) {
-  const V v = load(p);
-  HalfV half[2];
-  memcpy(half, &v, sizeof(v));
-  return {__builtin_convertvector(half[0], D), __builtin_convertvector(half[1], D)};
+  return to_doubles(load(p));
 }
 template <class T>
 inline void store_doubles(T* p, D low, D high) {
-  const HalfV half[2] = {__builtin_convertvector(low, HalfV), __builtin_convertvector(high, HalfV)};
-  V v;
-  memcpy(&v, half, sizeof(v));
-  store(p, v);
+  store(p, to_floats({low, high}));
 }
 
 /// LANES elements: adds the gradient to g, and F (theta - anchor)^2 to sums. F = 1 unless WEIGHTED.

@@ -211,14 +211,16 @@ struct Axis {
 /// w * width.stride]. Fills lines [first, last) of `width` words each; a line is one step of one panel.
 template <class T>
 inline void pack_lines(const T* from, Axis depth, Axis width, i64 panel, i64 steps, i64 first, i64 last, Word<T>* out) {
+  i64 step = first % steps, w0 = first / steps * panel;
   for (i64 line = first; line < last; line++) {
-    const i64 d = line % steps * DEPTH<T>, w0 = line / steps * panel;
+    const i64 d = step * DEPTH<T>;
     const i64 there = d < depth.size ? most<i64>(0, least(panel, width.size - w0)) : 0;
     Word<T>* to = out + line * panel;
     const T* element = from + d * depth.stride + w0 * width.stride;
     for (i64 w = 0; w < there; w++)
       to[w] = Operand<T>::word(element + w * width.stride, depth.stride, d + 1 < depth.size);
     for (i64 w = there; w < panel; w++) to[w] = 0;
+    if (++step == steps) step = 0, w0 += panel;
   }
 }
 

@@ -167,6 +167,37 @@ inline V keep(V v, u32 bits) {
 #endif
 }
 
+/// LANES doubles.
+struct Doubles {
+  D low, high;
+};
+inline Doubles to_doubles(V v) {
+#if defined(__AVX512F__)
+  return {(D)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+          (D)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
+#elif defined(__AVX2__)
+  return {(D)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+          (D)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#else
+  HalfV half[2];
+  memcpy(half, &v, sizeof(v));
+  return {__builtin_convertvector(half[0], D), __builtin_convertvector(half[1], D)};
+#endif
+}
+inline V to_floats(Doubles d) {
+#if defined(__AVX512F__)
+  return (V)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)d.low)),
+                               _mm512_cvtpd_ps((__m512d)d.high), 1);
+#elif defined(__AVX2__)
+  return (V)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)d.high), _mm256_cvtpd_ps((__m256d)d.low));
+#else
+  const HalfV half[2] = {__builtin_convertvector(d.low, HalfV), __builtin_convertvector(d.high, HalfV)};
+  V v;
+  memcpy(&v, half, sizeof(v));
+  return v;
+#endif
+}
+
 inline float sum(V v) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
