@@ -57,7 +57,9 @@ def damage_each_file(path: Path) -> list[tuple[str, Callable[[], Any]]]:
             for bit in (0, 5):
                 flipped = bytearray(whole)
                 flipped[place] ^= 1 << bit
-                ways.append((f"{file.name} bit {bit} of byte {place}", lambda f=file, b=bytes(flipped): f.write_bytes(b)))
+                ways.append(
+                    (f"{file.name} bit {bit} of byte {place}", lambda f=file, b=bytes(flipped): f.write_bytes(b))
+                )
         ways.append((f"{file.name} missing", file.unlink))
     return ways
 
@@ -92,7 +94,10 @@ def test_the_last_whole_one_is_found_and_each_broken_one_is_named(tmp_path: Path
     with pytest.warns(UserWarning) as told:
         assert newest_checkpoint(tmp_path) == tmp_path / "step-9"
     texts = [str(warning.message) for warning in told]
-    assert ["step-11" in texts[0] and "trained.safetensors is damaged" in texts[0], "step-10" in texts[1]] == [True, True]
+    assert ["step-11" in texts[0] and "trained.safetensors is damaged" in texts[0], "step-10" in texts[1]] == [
+        True,
+        True,
+    ]
 
 
 def test_nothing_is_found_in_an_empty_or_missing_folder(tmp_path: Path) -> None:

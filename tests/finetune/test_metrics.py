@@ -96,7 +96,9 @@ def test_the_picture_shows_both_losses(tmp_path: Path) -> None:
     draw_loss(tmp_path / "none.png", [])
     pictures = {name: matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("training", "both", "none")}
     # White axes, then a blue line, then an orange one besides.
-    colours = {name: {tuple(pixel) for pixel in (p[..., :3] * 255).astype(int).reshape(-1, 3)} for name, p in pictures.items()}
+    colours = {
+        name: {tuple(pixel) for pixel in (p[..., :3] * 255).astype(int).reshape(-1, 3)} for name, p in pictures.items()
+    }
     blue, orange = (31, 119, 180), (255, 127, 14)
     assert [blue in colours[name] for name in ("none", "training", "both")] == [False, True, True]
     assert [orange in colours[name] for name in ("none", "training", "both")] == [False, False, True]

@@ -92,7 +92,10 @@ def test_a_reloaded_state_goes_on_bit_for_bit(name: str) -> None:
         assert torch.equal(weight, trained_parameters(other)[key])
     if name == "adamw":
         assert {key.split("/")[0] for key in saved} == {"exp_avg", "exp_avg_sq", "step"}
-        assert all(not torch.equal(saved[key], value) for key, value in optimizer_tensors(again, trained_parameters(other)).items())
+        assert all(
+            not torch.equal(saved[key], value)
+            for key, value in optimizer_tensors(again, trained_parameters(other)).items()
+        )
 
 
 def test_a_weight_without_a_gradient_is_neither_moved_nor_decayed_and_has_no_state() -> None:

@@ -59,8 +59,11 @@ def test_no_batches_of_an_empty_plan() -> None:
 
 def test_workers_make_the_batches_in_order() -> None:
     makers = [
-        [(int(row[0]), int(row[1])) for batch in load_batches({"train": FromProcess()}, in_order(6, 1), CHECKS, workers=n)
-         for row in batch.tensors["input_ids"]]
+        [
+            (int(row[0]), int(row[1]))
+            for batch in load_batches({"train": FromProcess()}, in_order(6, 1), CHECKS, workers=n)
+            for row in batch.tensors["input_ids"]
+        ]
         for n in (0, 2)
     ]
     assert [index for index, _ in makers[1]] == list(range(6))
