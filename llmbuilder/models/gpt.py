@@ -170,7 +170,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
@@ -179,7 +179,7 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         self._checkpointing: dict[str, Any] | None = None
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:  # on meta, weights are on their way from a file
                 writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
                 nn.init.normal_(parameter, std=INIT_STD / (2 * config.n_layer) ** 0.5 if writes else INIT_STD)
 
