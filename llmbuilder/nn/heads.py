@@ -87,7 +87,7 @@ class LanguageHead:
         else:
             with _recording(head, _no_logits) as seen:
                 self.model(**inputs)
-            states = seen[0]
+            states = seen[-1]
         labels = batch["labels"]
         if states.shape[:-1] != labels.shape:
             raise LLMBuilderError(
@@ -143,10 +143,10 @@ class LanguageHead:
         head = _output_layer(self.model)
         if head is None:
             return "it has no output embeddings"
-        forward, made_up = head.forward, list[Tensor]()
+        made_up: list[Tensor] = []
 
         def answer(hidden: Tensor) -> Tensor:
-            like = forward(hidden)
+            like = type(head).forward(head, hidden)
             values = torch.randn(like.shape, generator=torch.Generator().manual_seed(len(made_up)))
             made_up.append((10 * values).to(like))
             return made_up[-1]
