@@ -31,9 +31,11 @@ def run(args: Namespace) -> int:
 
     from ..data import load_dataset
     from ..finetune.judge import Judge
+    from ..finetune.loader import Loader
 
     dataset = load_dataset(args.dataset, config)
-    results = Judge(open_model(args), config).evaluate(dataset)
+    model = open_model(args)
+    results = Judge(model, Loader(model, config)).evaluate(dataset)
     values = {
         "loss": results.loss,
         "perplexity": results.perplexity,

@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
 def _summary(results: "Results") -> str:
     base, final, better = results.base_perplexity, results.final_perplexity, results.improvement_percentage
     return (
-        f"Perplexity on {results.evaluated_on} data: {base:.2f} before, {final:.2f} after (improvement {better:.1f} %), "
+        f"Perplexity on {results.evaluated_on} data {base:.2f} before, {final:.2f} after (improvement {better:.1f} %); "
         f"{results.steps} steps in {results.training_time}"
     )
 

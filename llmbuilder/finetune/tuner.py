@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Collator, split
+from ..data import split
 from ..errors import ConfigError, LLMBuilderError
 from ..methods import Batch, Freeze, Full, Key, LoRA, Methods, Run
-from ..models import context_length
-from ..nn.heads import LanguageHead
 from . import sampler
 from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpoint, save_checkpoint, split_states
 from .config import FineTuningConfig
 from .display import Display
-from .evaluate import GENERATED_PAIRS, Score, bleu, continuations, exact_match, score
 from .folder import RunFolder
+from .judge import Judge
+from .loader import Loader
 from .metrics import MetricsLog, draw_loss
 from .optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_rate, trained_parameters
 from .placement import enable_checkpointing, place, use_bf16
@@ -91,10 +90,7 @@ class FineTuner:
         self.folder = self._open_folder(resume, overwrite)
         self._resume = resume
         self._trained = False
-        self._tokenizer = getattr(model, "tokenizer", None)
-        self._collate = Collator(
-            self.config.data_collator, getattr(self._tokenizer, "pad_token_id", None) or 0, self.config.max_seq_length
-        )
+        self.loader = Loader(model, self.config)
         train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
 
         self.device = place(model, self.config)
@@ -110,7 +106,8 @@ class FineTuner:
         if self.config.gradient_checkpointing:
             enable_checkpointing(model)
 
-        self.head = LanguageHead(model)
+        self.judge = Judge(model, self.loader, self.bf16)
+        self.head = self.judge.head
         self.optimizer = make_optimizer(self.config, self.trained)
         window = self.config.gradient_accumulation_steps
         steps_per_epoch = math.ceil(len(self._plan(0)) / window)
@@ -162,7 +159,7 @@ class FineTuner:
         while not self._is_over():
             plan = self._plan(progress.epoch)
             self.methods.start_epoch(progress.epoch)
-            batches = self._load(self.run.sources, plan[progress.batches :])
+            batches = self.loader.batches(self.run.sources, plan[progress.batches :])
             while window := list(itertools.islice(batches, self.config.gradient_accumulation_steps)):
                 progress.batches += len(window)
                 self._epoch = progress.epoch + progress.batches / len(plan)
@@ -184,7 +181,7 @@ class FineTuner:
         targets = sum(batch.targets for batch in window)
         loss = extra = 0.0
         for batch in window:
-            batch.tensors = self._to_device(batch.tensors)
+            batch.tensors = self.loader.to_device(batch.tensors)
             with self._autocast():
                 main = self.methods.loss(self.model, batch, window)
                 if main is None:
@@ -224,28 +221,8 @@ class FineTuner:
     # Evaluation
 
     def evaluate(self, dataset: Any) -> EvalResults:
-        """Judge the model as it is now; draws from no random state of the caller's.
-
-        Loss and perplexity are over all of ``dataset``; BLEU and exact match over greedy continuations of at most 64
-        pairs that its ``generation_pairs`` gives, where it and the model's tokenizer are there.
-
-        Raises:
-            LLMBuilderError: no examples or no targets, or examples longer than the model's context.
-        """
-        self._bind(dataset)
-        with undisturbed(), self._judging():
-            total = self._score(dataset)
-            pairs = dataset.generation_pairs(GENERATED_PAIRS) if hasattr(dataset, "generation_pairs") else []
-            compared = continuations(self.model, self._tokenizer, pairs, self.config.batch_size) if pairs else []
-        exact = getattr(dataset, "metric", None) == "exact_match"
-        return EvalResults(
-            loss=total.loss,
-            perplexity=perplexity(total.loss),
-            bleu_score=bleu(compared),
-            task_accuracy=exact_match(compared) if exact else total.accuracy,
-            tokens=total.tokens,
-            generations=compared,
-        )
+        """Judge the model as it is now: see ``Judge.evaluate``."""
+        return self.judge.evaluate(dataset)
 
     def _evaluation_is_due(self) -> bool:
         """Every ``eval_every`` steps where there is validation data or early stopping needs it; always at the end."""
@@ -256,8 +233,7 @@ class FineTuner:
     def _evaluate_step(self) -> dict[str, float]:
         """Judge the model in the middle of training, and remember the best weights where early stopping wants them."""
         started, progress = time.perf_counter(), self.progress
-        with undisturbed(), self._judging():
-            total = self._score(self.val_dataset)
+        total = self.judge.score(self.val_dataset)
         self._require_finite(total.loss)
         progress.last_loss = total.loss
         progress.worse += 1
@@ -269,19 +245,6 @@ class FineTuner:
         values = {"loss": total.loss, "perplexity": perplexity(total.loss), "accuracy": total.accuracy}
         return {f"eval_{name}": value for name, value in values.items()}
 
-    def _score(self, dataset: Any) -> Score:
-        plan = sampler.in_order(len(dataset), self.config.batch_size)
-        total = score(self.head, (self._to_device(b.tensors) for b in self._load({"train": dataset}, plan)))
-        if not total.tokens:
-            raise LLMBuilderError("the evaluation data has no token to predict; check its labels")
-        return total
-
-    @contextmanager
-    def _judging(self) -> Iterator[None]:
-        self.model.eval()
-        with torch.no_grad(), self._autocast():
-            yield
-
     # Start and end
 
     def _start(self) -> None:
@@ -292,8 +255,7 @@ class FineTuner:
             return
         if self.folder:
             self.folder.begin(self.config.to_yaml())
-        with undisturbed(), self._judging():
-            self.progress.base_loss = self._score(self.val_dataset).loss
+        self.progress.base_loss = self.judge.score(self.val_dataset).loss
 
     def _is_over(self) -> bool:
         patience = self.config.early_stopping_patience
@@ -378,39 +340,22 @@ class FineTuner:
         config, size = self.config, len(self.run.sources["train"])
         return self.methods.batches(epoch, sampler.shuffled(size, config.batch_size, config.seed, epoch))
 
-    def _load(self, sources: Mapping[str, Any], plan: list[list[Key]]) -> Iterator[Batch]:
-        config = self.config
-        return sampler.load_batches(
-            sources,
-            plan,
-            self._collate,
-            workers=config.dataloader_num_workers,
-            pin_memory=config.dataloader_pin_memory and self.device.type == "cuda",
-        )
-
-    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
-
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def _bind(self, dataset: Any) -> str:
-        """Tokenise a data set and see that the model can read it; returns a hash of its examples."""
-        if hasattr(dataset, "bind"):
-            dataset.bind(self._tokenizer, self.config)
-        return sampler.check_examples(dataset, context_length(self.model))
-
     def _divide(self, train: Any, val: Any) -> tuple[Any, Any, str]:
         """The data to train on, the data to judge by, and what to call the latter."""
-        self._data = self._bind(train)
+        self._data = self.loader.bind(train)
         share = self.config.validation_split
         if val is not None and share:
             raise ConfigError(f"validation_split={share} has no effect beside a val_dataset: drop one of them")
         if val is not None:
-            self._bind(val)
+            self.loader.bind(val)
             return train, val, "validation"
         if share and not hasattr(train, "task_type"):
-            raise ConfigError("validation_split needs a data set of llmbuilder.data; of a plain sequence give the parts")
+            raise ConfigError(
+                "validation_split needs a data set of llmbuilder.data; give a sequence in two parts"
+            )
         if share:
             return *split(train, share, self.config.seed), "held out"
         warnings.warn(

@@ -1,0 +1,50 @@
+"""From data sets to batches, for one model and one run's settings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import Collator
+from ..methods import Batch, Example, Key
+from ..models import context_length
+from .config import FineTuningConfig
+from .sampler import check_examples, load_batches
+
+
+class Loader:
+    """Binds data sets to a model's tokenizer and makes their batches.
+
+    Args:
+        model: reads the batches; its ``tokenizer``, where it has one, makes the tokens.
+        config: of it the data settings matter, and the workers.
+    """
+
+    def __init__(self, model: nn.Module, config: FineTuningConfig) -> None:
+        self.model = model
+        self.config = config
+        self.tokenizer = getattr(model, "tokenizer", None)
+        pad_id = getattr(self.tokenizer, "pad_token_id", None) or 0
+        self._collate = Collator(config.data_collator, pad_id, config.max_seq_length)
+
+    def bind(self, dataset: Any) -> str:
+        """Tokenise a data set and see that the model can read it; returns a hash of its examples."""
+        if hasattr(dataset, "bind"):
+            dataset.bind(self.tokenizer, self.config)
+        return check_examples(dataset, context_length(self.model))
+
+    def batches(self, sources: Mapping[str, Sequence[Example]], plan: Sequence[list[Key]]) -> Iterator[Batch]:
+        """The batches of ``plan``, on the CPU."""
+        config = self.config
+        return load_batches(
+            sources,
+            plan,
+            self._collate,
+            workers=config.dataloader_num_workers,
+            pin_memory=config.dataloader_pin_memory and next(self.model.parameters()).device.type == "cuda",
+        )
+
+    def to_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch's tensors where the model is."""
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
