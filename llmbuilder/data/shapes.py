@@ -82,7 +82,9 @@ def text_of(row: Row, column: str | None = None) -> str:
         names = TEXT_COLUMNS if column is None else (column,)
         name = next((name for name in names if name in row.value), None)
         if name is None:
-            raise RowError(f"no column {_either(names)}; it has {_either(row.value, 'and')}")
+            shape = shape_of(row)
+            hint = "" if shape in ("text", "unknown") else f": a row of {shape}, which load_dataset or task_type reads"
+            raise RowError(f"no column {_either(names)}; it has {_either(row.value, 'and')}{hint}")
         text = _string(row.value, name)
     if not text:
         raise RowError("the text is empty")
@@ -98,7 +100,7 @@ def pair_of(row: Row) -> Pair:
             return Pair(
                 _string(row.value, request),
                 _string(row.value, context, optional=True),
-                _string(row.value, response),
+                _answer(row.value, response),
                 _string(row.value, "system", optional=True),
             )
     pairs = ", ".join(sorted({f"{request}/{response}" for _, request, _, response in PAIR_COLUMNS}))
@@ -122,7 +124,7 @@ def messages_of(row: Row) -> list[Message]:
 def question_answer_rows(row: Row) -> Iterator[Row | str]:
     """Rows of question and answer in a text of ``Question: …`` and ``Answer: …`` lines; a complaint for what is not.
 
-    Lines that begin with neither go on with what they follow; ``Q:`` and ``A:`` serve as well.
+    Lines that begin with neither go on with what they follow.
     """
     assert isinstance(row.value, str)
     parts = _marked_parts(row.value.replace("\r\n", "\n").split("\n"))
@@ -133,34 +135,35 @@ def question_answer_rows(row: Row) -> Iterator[Row | str]:
         if mark == "":
             if body:
                 yield f"{where}: text before the first 'Question:': {body[:40]!r}"
-        elif mark == "a":
-            if before != "q":
+        elif mark == "answer":
+            if before != "question":
                 yield f"{where}: an answer without a question"
-        elif behind == "a":
+        elif behind == "answer":
             yield Row(where, {"question": body, "answer": parts[index + 1][2]})
         else:
             yield f"{where}: a question without an answer"
 
 
-_MARK = re.compile(r"\s*(question|answer|q|a)\s*:", re.IGNORECASE)
+_MARK = re.compile(r"\s*(question|answer)\s*:", re.IGNORECASE)
 
 
 def _marked_parts(lines: list[str]) -> list[tuple[str, int, str]]:
-    """(``q``, ``a``, or nothing for what stands before the first mark; number of its first line; text) of each part."""
+    """(``question``, ``answer``, or nothing before the first of them; number of its first line; text) of each part."""
     parts: list[tuple[str, int, list[str]]] = [("", 1, [])]
     for number, line in enumerate(lines, start=1):
         if mark := _MARK.match(line):
-            parts.append((mark[1][0].lower(), number, [line[mark.end() :]]))
+            parts.append((mark[1].lower(), number, [line[mark.end() :]]))
         else:
             parts[-1][2].append(line)
     return [(mark, number, "\n".join(body).strip()) for mark, number, body in parts]
 
 
-def conversation_rows(row: Row, separator: str) -> Iterator[Row]:
+def conversation_rows(row: Row, separator: str) -> Iterator[Row | str]:
     """Conversations in a plain text, as rows of messages: turns are split at ``separator`` and alternate, user first.
 
     A blank line ends a conversation. Where every line of a paragraph holds turns on both sides of a separator, each
-    line is a conversation.
+    line is a conversation. A separator may stand before the first turn and behind the last; an empty turn between
+    others is a complaint, since one can't know who speaks next.
     """
     assert isinstance(row.value, str)
     number = 1
@@ -169,14 +172,19 @@ def conversation_rows(row: Row, separator: str) -> Iterator[Row]:
             lines = block.split("\n")
             alone = len(lines) > 1 and all(len(_turns(line, separator)) > 1 for line in lines if line.strip())
             for offset, piece in enumerate(lines if alone else [block]):
-                if turns := _turns(piece, separator):
+                turns, where = _turns(piece, separator), f"{row.where}:{number + offset}"
+                if not all(turns):
+                    yield f"{where}: an empty turn between two separators"
+                elif turns:
                     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
-                    yield Row(f"{row.where}:{number + offset}", {"messages": messages})
+                    yield Row(where, {"messages": messages})
         number += block.count("\n")
 
 
 def _turns(text: str, separator: str) -> list[str]:
-    return [turn.strip() for turn in text.split(separator) if turn.strip()]
+    turns = [turn.strip() for turn in text.split(separator)]
+    said = [number for number, turn in enumerate(turns) if turn]
+    return turns[said[0] : said[-1] + 1] if said else []
 
 
 def _message(number: int, turn: Any) -> Message:
@@ -194,12 +202,18 @@ def _message(number: int, turn: Any) -> Message:
     return {"role": ROLES[name], "content": content}
 
 
+def _answer(value: dict[str, Any], column: str) -> str:
+    """The response; of several accepted ones, as SQuAD has them (``{"text": […]}``), the first."""
+    found = value[column]
+    if isinstance(found, dict):
+        found = found.get("text")
+    if isinstance(found, list) and found:
+        found = found[0]
+    return _string({column: found}, column)
+
+
 def _string(value: dict[str, Any], column: str, optional: bool = False) -> str:
     found = value.get(column)
-    if isinstance(found, dict):  # SQuAD: answers = {"text": [...], "answer_start": [...]}
-        found = found.get("text")
-    if isinstance(found, list) and found:  # several accepted answers: the first is learnt
-        found = found[0]
     if optional and found is None:
         return ""
     if not isinstance(found, str):

@@ -56,6 +56,8 @@ def test_text_columns():
     assert text_of(Row("here", {"text": "t", "body": "b"}), "body") == "b"
     with pytest.raises(RowError, match="no column 'text' or 'content'; it has 'label'"):
         text_of(Row("here", {"label": 1}))
+    with pytest.raises(RowError, match="a row of summarization, which load_dataset or task_type reads"):
+        text_of(Row("here", {"document": "d", "summary": "s"}))
     with pytest.raises(RowError, match="column 'text' is not a text but int"):
         text_of(Row("here", {"text": 1}))
     with pytest.raises(RowError, match="the text is empty"):
@@ -96,13 +98,13 @@ def test_malformed_messages_are_described(turns, complaint):
 
 def test_questions_and_answers_in_text():
     text = (
-        "Heading\r\n\r\nQuestion: one?\r\nAnswer: first\r\n  line two\r\n\r\nq: two?\r\nmore of two\r\n"
-        "A:\r\nsecond\r\nAnswer: stray\r\nQuestion: three?\r\nQuestion: four?"
+        "Heading\r\n\r\nQuestion: one?\r\nAnswer: first\r\n  line two\r\n\r\nquestion : two?\r\nA: more of two\r\n"
+        "ANSWER:\r\nsecond\r\nAnswer: stray\r\nQuestion: three?\r\nQuestion: four?"
     )
     pieces = list(question_answer_rows(Row("f", text)))
     assert [piece for piece in pieces if isinstance(piece, Row)] == [
         Row("f:3", {"question": "one?", "answer": "first\n  line two"}),
-        Row("f:7", {"question": "two?\nmore of two", "answer": "second"}),
+        Row("f:7", {"question": "two?\nA: more of two", "answer": "second"}),
     ]
     assert [piece for piece in pieces if isinstance(piece, str)] == [
         "f:1: text before the first 'Question:': 'Heading'",
@@ -126,6 +128,7 @@ def test_words_that_begin_like_a_mark_are_text():
         ("a<turn>b\r\n\r\nc<turn>d\n \n\n", [("f:1", ["a", "b"]), ("f:3", ["c", "d"])]),
         ("a<turn>b\nc<turn>d<turn>e\n", [("f:1", ["a", "b"]), ("f:2", ["c", "d", "e"])]),
         ("lonely", [("f:1", ["lonely"])]),
+        ("<turn>a<turn>b<turn>", [("f:1", ["a", "b"])]),
         ("<turn>\n\n<turn>", []),
     ],
 )
@@ -135,3 +138,24 @@ def test_conversations_in_text(text, conversations):
     for row in rows:
         roles = [message["role"] for message in row.value["messages"]]
         assert roles == [("user", "assistant")[n % 2] for n in range(len(roles))]
+
+
+def test_an_empty_turn_is_a_complaint_as_the_next_speaker_is_unknown():
+    pieces = list(conversation_rows(Row("f", "a<turn><turn>b\n\nc<turn>d"), "<turn>"))
+    assert pieces[0] == "f:1: an empty turn between two separators"
+    assert [message["content"] for message in pieces[1].value["messages"]] == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ({"question": ["q"], "answer": "a"}, "column 'question' is not a text but list"),
+        ({"question": "q", "answers": {"text": []}}, "column 'answers' is not a text but list"),
+        ({"prompt": "p", "completion": None}, "column 'completion' is not a text but NoneType"),
+        ({"label": 1}, "neither messages, conversations nor a pair of columns .*; it has 'label'"),
+        ("text", "plain text, where a request and a response are expected"),
+    ],
+)
+def test_malformed_pairs_are_described(value, complaint):
+    with pytest.raises(RowError, match=complaint):
+        pair_of(Row("here", value))
