@@ -16,7 +16,9 @@ from torch import Tensor
 
 from . import _backend, _gemm
 
+# Logits in memory at once: enough rows for the products to run at full speed, little beside a model.
 CHUNK_BYTES = 64 * 2**20
+# Few enough for torch to add up their losses on one thread, whatever the number of threads.
 MAX_CHUNK_ROWS = 8192
 NO_GRADS = (False, False, False)
 
@@ -121,7 +123,7 @@ def _prepare(
         raise ValueError(f"linear_cross_entropy: x, weight and bias must share a floating dtype, got {dtypes}")
     if any(t is not None and t.device != x.device for t in (weight, targets, bias)):
         raise ValueError(f"linear_cross_entropy: all tensors must be on x's device, {x.device}")
-    return x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), bias, float(softcap or 0.0)
+    return x.reshape(targets.numel(), x.shape[-1]), weight, targets.reshape(-1), bias, float(softcap or 0.0)
 
 
 class _Sweep(NamedTuple):
@@ -168,9 +170,10 @@ def _sweep(
             if need_x:
                 dx[chunk] = _gemm.linear_grad(logits, weight)
             if need_weight:
-                _add_product_(dweight, logits, part)
+                dweight += _gemm.linear(logits.t(), part.t())
             if need_bias:
                 dbias += logits.sum(0, dtype=sums)
+            del logits  # before the next chunk's are made
     return _Sweep(total.to(sums), losses, predictions, dx, dweight.to(weight.dtype), dbias.to(x.dtype))
 
 
@@ -181,14 +184,6 @@ def _check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"linear_cross_entropy: target {int(wrong[0])} is outside the {vocabulary} rows of weight "
             f"(positions without a target are marked {ignore_index})"
         )
-
-
-def _add_product_(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    """dweight += dlogitsᵀ x, summed over chunks in dweight's dtype."""
-    if dweight.dtype == x.dtype:
-        dweight.addmm_(dlogits.t(), x)
-    else:
-        dweight += dlogits.t() @ x
 
 
 @torch.library.custom_op("llmbuilder::linear_cross_entropy_sum", mutates_args=())
