@@ -106,10 +106,13 @@ class Examples:
         return {"input_ids": ids.tolist(), "labels": np.where(marks, ids, IGNORED).tolist()}
 
     def generation_pair(self, index: int, tokenizer: Tokenizer) -> GenerationPair | None:
-        """Prompt and reference of one example; where no reference text is known, what follows the prompt, decoded."""
+        """Prompt and reference of one example; where no reference text is known, what follows the prompt, decoded.
+
+        None where the example has no prompt that leaves something to generate, or nothing can decode the reference.
+        """
         ids, _ = self._slices(index)
         prompt, reference = self._prompts[index]
-        if not 0 < prompt < len(ids):
+        if not 0 < prompt < len(ids) or (reference is None and tokenizer is None):
             return None
         if reference is None:
             reference = tokenizer.decode(ids[prompt:].tolist(), skip_special_tokens=True)
@@ -141,10 +144,20 @@ class Binding:
         report: what reading has found; binding starts from a copy of it each time.
         tokenizer: the dataset's own, or None to take the one that ``bind`` brings.
         settings: the dataset's own settings.
+        tokenised: the rows are tokenised already, so that no tokenizer is needed.
     """
 
-    def __init__(self, build: Build, report: DataReport, tokenizer: Tokenizer | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        build: Build,
+        report: DataReport,
+        tokenizer: Tokenizer | None,
+        settings: Settings,
+        *,
+        tokenised: bool = False,
+    ) -> None:
         self._build = build
+        self._needs_tokenizer = not tokenised
         self._reading = report
         self._own_tokenizer = tokenizer
         self._own_settings = settings
@@ -163,13 +176,11 @@ class Binding:
                 nothing left to train on.
         """
         own = self._own_tokenizer
-        if own is not None and tokenizer is not None and own is not tokenizer:
-            if own.get_vocab() != tokenizer.get_vocab():
-                raise LLMBuilderError(
-                    "the dataset was given a tokenizer whose vocabulary is not the model's; "
-                    "leave tokenizer= out, and the model's is used"
-                )
-            tokenizer = own
+        if own is not None and tokenizer is not None and not _same_vocabulary(own, tokenizer):
+            raise LLMBuilderError(
+                "the dataset was given a tokenizer whose vocabulary is not the model's; "
+                "leave tokenizer= out, and the model's is used"
+            )
         self._tokenise(tokenizer if own is None else own, self._own_settings.over(config))
 
     def examples(self) -> Examples:
@@ -177,8 +188,7 @@ class Binding:
         if self._examples is None:
             if self._own_tokenizer is None:
                 raise LLMBuilderError(
-                    "this dataset is not tokenised yet: give it tokenizer=…, call bind(tokenizer, config), "
-                    "or hand it to a FineTuner"
+                    "this dataset is not tokenised yet: hand it to a FineTuner, or call bind(tokenizer, config)"
                 )
             self._tokenise(self._own_tokenizer, self._own_settings)
         assert self._examples is not None
@@ -189,12 +199,11 @@ class Binding:
         return self.examples().generation_pair(index, self._tokenizer)
 
     def _tokenise(self, tokenizer: Tokenizer, settings: Settings) -> None:
-        if tokenizer is None:
-            raise LLMBuilderError("the model has no tokenizer; give the dataset one: tokenizer=…")
-        if not getattr(tokenizer, "is_fast", False):
-            raise LLMBuilderError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with use_fast=True")
+        if self._needs_tokenizer:
+            _require_fast(tokenizer)
         # a tokenizer can change in place: tokens added, another chat template
-        key = (id(tokenizer), len(tokenizer), getattr(tokenizer, "chat_template", None), settings)
+        size = 0 if tokenizer is None else len(tokenizer)
+        key = (id(tokenizer), size, getattr(tokenizer, "chat_template", None), settings)
         if key == self._key:
             return
         report = self._reading.copy()
@@ -203,6 +212,17 @@ class Binding:
         report.require_examples()
         self._key, self._tokenizer, self.settings = key, tokenizer, settings
         self._examples, self.report = examples, report
+
+
+def _same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
+    return one is other or one.get_vocab() == other.get_vocab()
+
+
+def _require_fast(tokenizer: Tokenizer) -> None:
+    if tokenizer is None:
+        raise LLMBuilderError("the model has no tokenizer; give the dataset one: tokenizer=…")
+    if not getattr(tokenizer, "is_fast", False):
+        raise LLMBuilderError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with use_fast=True")
 
 
 def collect_pairs(dataset: Dataset, limit: int) -> list[GenerationPair]:

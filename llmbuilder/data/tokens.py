@@ -41,10 +41,10 @@ class TokenDataset:
     def __init__(self, path: Data) -> None:
         reading = read_rows(path)
         self._rows = reading.rows
-        self._binding = Binding(self._build, reading.report, None, Settings())
+        self._binding = Binding(self._build, reading.report, None, Settings(), tokenised=True)
 
     def bind(self, tokenizer: Tokenizer, config: Any) -> None:
-        """Read the rows; ``config.max_seq_length`` cuts them. The tokenizer decodes references only."""
+        """Read the rows; ``config.max_seq_length`` cuts them. The tokenizer decodes references, and may be None."""
         self._binding.bind(tokenizer, config)
 
     @property

@@ -64,3 +64,8 @@ def test_generation_pairs(tokenizer, config):
 def test_no_rows():
     with pytest.raises(LLMBuilderError, match="it has no rows"):
         TokenDataset([])
+
+
+def test_a_model_without_a_tokenizer_will_do(config):
+    dataset = bound([{"input_ids": [1, 2, 3]}], None, config)
+    assert dataset[0]["input_ids"] == [1, 2, 3] and dataset.generation_pairs(3) == []
