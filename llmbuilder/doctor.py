@@ -220,11 +220,12 @@ def report() -> tuple[str, bool]:
         for operator, found in by_operator.items():
             lines += _operator_lines(operator, found)
             passed = passed and not any(check.wrong for check in found)
+        lines += _reasons([found[0] for found in by_operator.values()])
     return "\n".join([*lines, "", f"not seen: {NOT_SEEN}"]), passed
 
 
 def _operator_lines(operator: str, found: list[Check]) -> Iterator[str]:
-    """One line for each backend that serves the operator, then its failures, then why others do not serve it."""
+    """One line for each backend that serves the operator, then its failures."""
     for backend in dict.fromkeys(check.backend for check in found):
         dtypes = [str(check.dtype).removeprefix("torch.") for check in found if check.backend == backend]
         verdict = "FAILED" if any(check.wrong for check in found if check.backend == backend) else "ok"
@@ -232,5 +233,14 @@ def _operator_lines(operator: str, found: list[Check]) -> Iterator[str]:
     for check in found:
         if check.wrong:
             yield f"    FAILED in {str(check.dtype).removeprefix('torch.')}: {check.wrong}"
-    for name, reason in found[0].why_not.items():
-        yield f"    not {name}: {reason}"
+
+
+def _reasons(found: list[Check]) -> Iterator[str]:
+    """Why a backend serves no operator, or not some, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for check in found:
+        for name, reason in check.why_not.items():
+            reasons.setdefault((name, reason), []).append(check.operator)
+    for (name, reason), operators in reasons.items():
+        whom = "" if len(operators) == len(found) else f" (for {', '.join(operators)})"
+        yield f"  not {name}: {reason}{whom}"

@@ -1,0 +1,90 @@
+"""The doctor: right operators pass, wrong ones are found, and what is not there is said."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmbuilder import doctor
+from llmbuilder.cli import main
+from llmbuilder.ops import _backend, reference
+
+
+def test_every_operator_has_a_case():
+    assert doctor.CASES.keys() == _backend.OPERATORS.keys()
+
+
+def test_the_operators_of_this_machine_are_right():
+    found = list(doctor.checks("cpu"))
+    assert len(found) == len(doctor.CASES) * len(doctor.DTYPES)
+    assert [check for check in found if check.wrong] == []
+
+
+def slightly_wrong(operator: str, dtype: torch.dtype):
+    """The reference, with one value of its last result off by a hundred units in the last place."""
+
+    def spoilt(*arguments):
+        grads = [param.grad for param in arguments[0]] if operator == "ewc_penalty_" else []
+        result = getattr(reference, operator)(*arguments)
+        touched = {"lora_expand_": arguments[0], "ewc_accumulate_": arguments[0]}
+        out = grads or touched.get(operator, result)
+        while not isinstance(out, torch.Tensor):
+            out = out[0]
+        out.view(-1)[out.abs().argmax()] *= 1 + 100 * torch.finfo(dtype).eps
+        return result
+
+    return spoilt
+
+
+@pytest.mark.parametrize("dtype", doctor.DTYPES, ids=str)
+@pytest.mark.parametrize("operator", doctor.CASES)
+def test_an_operator_that_is_slightly_wrong_fails(operator, dtype, monkeypatch):
+    monkeypatch.setattr(_backend, "serve", lambda name, tensor: slightly_wrong(name, dtype))
+    assert "is right" in doctor._wrong(operator, "cpu", dtype)
+
+
+def test_an_operator_that_gives_nan_fails(monkeypatch):
+    monkeypatch.setattr(_backend, "serve", lambda name, tensor: lambda x, *_: torch.full_like(x, torch.nan))
+    assert "error nan" in doctor._wrong("dropout", "cpu", torch.float32)
+
+
+def test_an_operator_that_raises_fails_with_its_words_and_the_command_with_1(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("bus error")
+
+    serve = _backend.serve
+    monkeypatch.setattr(_backend, "serve", lambda name, tensor: broken if name == "dropout" else serve(name, tensor))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED in bfloat16: RuntimeError: bus error" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["dropout", "FAILED"] in [[line[0], line[2]] for line in lines if len(line) > 3]
+    assert ["lora_shrink", "ok"] in [[line[0], line[2]] for line in lines if len(line) > 3]
+
+
+def test_the_report_says_what_is_here_and_what_nobody_has_seen(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in (torch.__version__, "transformers", "triton", "OpenMP", "gpu", *doctor.CASES):
+        assert word in out
+    assert "not cuda: this version has no CUDA kernels" in out
+    assert "never on a GPU" in out
+
+
+def test_a_forced_backend_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("LLMBUILDER_BACKEND", "reference")
+    assert main(["doctor"]) == 0
+    assert "LLMBUILDER_BACKEND=reference forces another" in capsys.readouterr().out
+
+
+def test_a_forced_backend_that_cannot_serve_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setenv("LLMBUILDER_BACKEND", "cuda")
+    assert main(["doctor"]) == 1
+    assert "no backend can serve it" in capsys.readouterr().out
+
+
+def test_one_openmp_pool_is_loaded():
+    statement = "from llmbuilder import doctor; print(doctor._openmp())"  # a fresh process: nobody else's libraries
+    done = subprocess.run([sys.executable, "-P", "-c", statement], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 OpenMP pool:")
