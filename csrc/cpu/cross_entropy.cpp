@@ -8,7 +8,7 @@
 namespace llmbuilder::LLMBUILDER_ISA {
 namespace {
 
-constexpr int BLOCK = 1024;  // columns that are in the first cache, as float, while they are worked on
+constexpr int BLOCK = 1024;      // columns that are in the first cache, as float, while they are worked on
 constexpr int STEP = 4 * LANES;  // columns that are summed side by side, for speed and for short sums
 
 /// e^x = scale * (1 + rest), for x of at most 88; exact scale, rest right to its last bits, which tanh needs.
@@ -23,7 +23,9 @@ struct Exponential {
     // ln 2 in two parts, the first short enough for n times it to be exact
     const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     scale = (V)(((W)shifted + 127) << 23);
-    rest = r + r * r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040))))));
+    rest =
+        r +
+        r * r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040))))));
   }
 };
 
@@ -142,7 +144,7 @@ void differentiate(const Row<T>& row, const Softmax& softmax, i64 target, double
 template <class T>
 void run(T* logits, i64 rows, i64 columns, const i64* targets, const float* row_weights, float softcap, bool need_grad,
          float* losses, i64* predictions, int threads) {
-#pragma omp parallel for schedule(static) num_threads(team(rows * columns, threads))
+#pragma omp parallel for schedule(static) num_threads(team(rows* columns, threads))
   for (i64 i = 0; i < rows; i++) {
     const Row<T> row{logits + i * columns, columns, softcap};
     const Softmax softmax(row);
