@@ -1,9 +1,10 @@
 """Models: the native GPT, Hugging Face folders and GGUF files, loaded, saved and run in one way."""
 
 from .chat import chat_prompt
+from .dtypes import computes_bf16
 from .generate import end_ids, generate
 from .gpt import GPT, GPTConfig
-from .load import computes_bf16, load_model
+from .load import load_model
 from .save import replacing, save_model
 from .structure import blocks, context_length, embeddings, head, tie_groups
 from .tokenizer import byte_tokenizer, train_tokenizer

@@ -1,4 +1,4 @@
-"""What loading a GGUF file through transformers needs beside the call itself."""
+"""GGUF files: read by transformers, and made an ordinary model that trains and saves."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from torch import nn
-from transformers import GgufConfig
 
 from ..errors import LLMBuilderError
+from .dtypes import computes_bf16
+from .hugging_face import from_pretrained
 from .structure import head
 
 _PLAIN = {
@@ -19,37 +20,45 @@ _PLAIN = {
 }
 
 
+def from_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """The model in a GGUF file, unpacked.
+
+    Args:
+        path: the file.
+        dtype: of the weights; None: as stored, and where that is quantised, bf16 if ``device`` computes it, else fp32.
+        device: where the model will run.
+
+    Raises:
+        LLMBuilderError: the file is truncated, corrupt, no GGUF, or of an architecture that transformers can't unpack.
+    """
+    if dtype is None:
+        dtype = stored_dtype(path) or (torch.bfloat16 if computes_bf16(device) else torch.float32)
+    model = from_pretrained(path.parent, dtype, gguf_file=path.name)
+    _unmark(model, path)
+    return model
+
+
 def stored_dtype(path: Path) -> torch.dtype | None:
-    """The dtype that most of the weights are stored in, or None when any matrix is quantised.
+    """The dtype that most of the weights are stored in, or None when any is quantised.
 
     Raises:
         LLMBuilderError: the file is truncated, corrupt or no GGUF.
     """
+    sizes: Counter[torch.dtype] = Counter()
     try:
-        kinds = [(tensor.tensor_type, len(tensor.shape), int(tensor.n_elements)) for tensor in GGUFReader(path).tensors]
+        for tensor in GGUFReader(path).tensors:
+            if tensor.tensor_type not in _PLAIN:
+                return None
+            sizes[_PLAIN[tensor.tensor_type]] += int(tensor.n_elements)
     except Exception as error:  # the reader trips over a damaged file in many ways: numpy, struct, enums, unicode
         raise LLMBuilderError(
             f"{path} is truncated or corrupt, or no GGUF file ({type(error).__name__}: {error}); download it again"
         ) from error
-    sizes: Counter[torch.dtype] = Counter()
-    for kind, _, elements in kinds:
-        if kind not in _PLAIN:
-            return None
-        sizes[_PLAIN[kind]] += elements
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def options(name: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``: that file, all unpacked, even where kernels could compute on packed weights."""
-    return {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def unmark(model: Any, path: Path) -> None:
-    """Take the marks of a quantised model away: they stay on an unpacked one, and forbid training and saving.
-
-    Raises:
-        LLMBuilderError: a layer is still packed.
-    """
+def _unmark(model: Any, path: Path) -> None:
+    """Take the marks of a quantised model away: they stay on an unpacked one, and forbid training and saving."""
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

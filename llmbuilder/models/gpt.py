@@ -170,7 +170,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+        weight = torch.empty(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd, _weight=weight)  # filled below, once
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=NORM_EPS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmbuilder.errors import LLMBuilderError
 from llmbuilder.models import byte_tokenizer, load_model, save_model
-from llmbuilder.models import load as load_module
+from llmbuilder.models import gguf as gguf_module
 
 CONFIG = {
     "vocab_size": 264,
@@ -103,7 +103,7 @@ def llama() -> nn.Module:
 
 @pytest.fixture
 def bf16_hardware(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    return lambda there: monkeypatch.setattr(load_module, "computes_bf16", lambda device: there)
+    return lambda there: monkeypatch.setattr(gguf_module, "computes_bf16", lambda device: there)
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1])

@@ -262,6 +262,28 @@ def test_an_adapter_folder_names_its_base(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_an_adapter_beside_a_model_is_refused(make_family: Callable, hugging_face_folder: ToFolder) -> None:
+    folder = hugging_face_folder(make_family("llama"))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(LLMBuilderError, match="holds an adapter beside the model; move the adapter"):
+        load_model(folder)
+
+
+def test_a_quantised_base_is_refused_by_name(make_family: Callable, hugging_face_folder: ToFolder) -> None:
+    folder = hugging_face_folder(make_family("llama"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LLMBuilderError, match="quantised bases can't be loaded yet"):
+        load_model(folder)
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    torch.save({"model_type": "llmbuilder-gpt", "config": {}}, tmp_path / "model.pt")
+    with pytest.raises(LLMBuilderError, match="no checkpoint of an llmbuilder GPT"):
+        load_model(tmp_path / "model.pt")
+
+
 def test_several_gguf_files_ask_for_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
