@@ -6,7 +6,7 @@ A name that the table gives as ``layer:part`` means certain rows of a fused laye
 query, key and value). Each part is adapted on its own, so that a setting means the same on fused and split models.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,14 +79,14 @@ class Target:
     parts: tuple[str, ...] = ()
 
 
-def resolve(model: nn.Module, target_modules: list[str] | str, exclude: list[str] | None = None) -> list[Target]:
+def resolve(model: nn.Module, target_modules: list[str] | str, exclude: Sequence[str] = ()) -> list[Target]:
     """The layers that ``target_modules`` names, each once, in the order of the model.
 
     Args:
         model: a causal language model; layers that carry an adapter already are found under their own path.
         target_modules: names as in ``LoRAConfig.target_modules``. A layer's own name means the whole layer, also where
             another name means a part of it.
-        exclude: ends of paths of modules that are left out, with all that they hold.
+        exclude: paths of modules that are left out, with all that they hold.
 
     Raises:
         ConfigError: a name that matches nothing (the text lists what the model has), or only layers that can't be
@@ -97,16 +97,15 @@ def resolve(model: nn.Module, target_modules: list[str] | str, exclude: list[str
     for name in [target_modules] if isinstance(target_modules, str) else target_modules:
         for path, part in _matches(model, layers, name):
             found.setdefault(path, set()).add(part)
-    if exclude:
-        inside = [path for path in layers if any(path_ends(path, name) for name in exclude)]
-        found = {path: parts for path, parts in found.items() if not any(_within(path, top) for top in inside)}
-        if not found:
-            raise ConfigError(f"target_modules={target_modules!r} names nothing outside modules_to_save={exclude!r}")
+    excluded = {id(module) for path in exclude for module in layers[path].modules()}
+    left = {path: parts for path, parts in found.items() if id(layers[path]) not in excluded}
+    if not left:
+        raise ConfigError(f"target_modules={target_modules!r} names nothing outside {', '.join(exclude)}")
     targets: dict[int, Target] = {}
     for path, module in layers.items():
-        if path in found:
+        if path in left:
             _check_weight(path, module)
-            parts = () if "" in found[path] else tuple(part for part in part_rows(model, path) if part in found[path])
+            parts = () if "" in left[path] else tuple(part for part in part_rows(model, path) if part in left[path])
             targets.setdefault(id(module), Target(path, module, parts))
     return list(targets.values())
 
@@ -128,7 +127,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def part_rows(model: nn.Module, path: str) -> dict[str, Tensor]:
     """For a fused layer the output rows of each of its parts, int64; for any other layer nothing."""
     fused = {own.partition(":")[0] for entry in _names(model).values() for own in entry if ":" in own}
-    return _LAYOUTS[path.rpartition(".")[2]](model.config) if any(path_ends(path, layer) for layer in fused) else {}
+    return _LAYOUTS[path.rpartition(".")[2]](model.config) if any(_ends(path, layer) for layer in fused) else {}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -150,7 +149,7 @@ def _matches(model: nn.Module, layers: dict[str, nn.Module], name: str) -> list[
     table = _names(model)
     own = [own for guide in GROUPS.get(name, (name,)) for own in table.get(guide, ())] or [name]
     pairs = [(layer, part) for layer, _, part in (entry.partition(":") for entry in own)]
-    named = [(path, part) for path in layers for layer, part in pairs if path_ends(path, layer)]
+    named = [(path, part) for path in layers for layer, part in pairs if _ends(path, layer)]
     matches = [(path, part) for path, part in named if is_linear(layers[path]) or _is_embedding(layers[path])]
     if matches:
         return matches
@@ -179,12 +178,8 @@ def _names(model: nn.Module) -> Names:
     return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), {})
 
 
-def path_ends(path: str, name: str) -> bool:
+def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
-
-
-def _within(path: str, top: str) -> bool:
-    return path == top or path.startswith(f"{top}.")
 
 
 def _is_embedding(module: nn.Module) -> bool:

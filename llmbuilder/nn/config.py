@@ -27,7 +27,8 @@ class LoRAConfig(BaseModel):
             ``models.names`` such as ``"attention.query"``, the end of a module's own path such as ``"q_proj"``, or a
             list of these.
         bias: which biases train: ``"none"``, ``"all"`` of the model's, or ``"lora_only"``, those of adapted layers.
-        modules_to_save: ends of the paths of modules that train whole, as a copy that is saved with the adapter.
+        modules_to_save: modules that train whole, as a copy that is saved with the adapter: all whose path ends with
+            one of these (as in PEFT also inside a word, "norm" fits "input_layernorm"); no low-rank adapter in them.
         use_rslora: ``scaling = alpha / sqrt(rank)`` (arXiv 2312.03732).
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import ConfigError, LLMBuilderError, nearest
-from ..models.names import Target, named_layers, part_rows, path_ends, resolve
+from ..models.names import Target, named_layers, part_rows, resolve
 from .config import LoRAConfig
 from .lora import WHOLE, LoRAEmbedding, LoRALinear, Piece, TrainedCopy
 from .state import AdapterState, TrainedBiases, check_unmerged
@@ -43,7 +43,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
     """
     config = config or LoRAConfig()
     copied = _modules_to_save(model, config.modules_to_save)
-    targets = resolve(model, config.target_modules, exclude=config.modules_to_save)
+    targets = resolve(model, config.target_modules, exclude=list(copied))
     plans = [Plan(t.path, t.module, _pieces(model, t, config.rank), config.scaling) for t in targets]
     attach(model, name, config, plans, copied)
 
@@ -107,18 +107,18 @@ def _pieces(model: nn.Module, target: Target, rank: int) -> dict[str, Piece]:
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Path and module of each module that a name's end fits; a shared one once."""
+    """Path and module of each module whose path ends with one of the names; a shared one once."""
     layers = dict(named_layers(model))
     found: dict[int, tuple[str, nn.Module]] = {}
     for name in names:
-        matches = [(path, module) for path, module in layers.items() if path_ends(path, name)]
+        matches = whole_modules(layers, [name])
         if not matches:
             leaves = sorted({path.rpartition(".")[2] for path in layers if path and not path[-1].isdigit()})
             raise ConfigError(
                 f"modules_to_save: '{name}' matches no module of {type(model).__name__}{nearest(name, leaves) or '.'} "
                 f"It has: {', '.join(leaves)}"
             )
-        for path, module in matches:
+        for path, module in matches.items():
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise ConfigError(
                     f"modules_to_save: '{path}' is a {type(module).__name__}, which is never called itself"
@@ -129,6 +129,11 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Mod
         if any(path.startswith(f"{other}.") for other in paths):
             raise ConfigError(f"modules_to_save: '{path}' lies inside another module of the list")
     return dict(found.values())
+
+
+def whole_modules(layers: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
+    """PEFT's rule for modules_to_save: the path ends with a name, at a dot or not ("norm" fits "input_layernorm")."""
+    return {path: module for path, module in layers.items() if path and path.endswith(tuple(names))}
 
 
 def _check_name(state: AdapterState, name: str) -> None:

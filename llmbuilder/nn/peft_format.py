@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LLMBuilderError
-from ..models.names import is_linear, named_layers, part_rows, path_ends
+from ..models.names import is_linear, named_layers, part_rows
 from ..models.save import replacing
 from .adapters import fill
 from .config import LoRAConfig
-from .inject import Plan, attach
+from .inject import Plan, attach, whole_modules
 from .lora import WHOLE, Piece, TrainedCopy, Update
 from .state import check_known
 from .tree import named_wrappers, shares_of, state_of
@@ -122,8 +122,7 @@ class _Contents:
 
     def __init__(self, layers: Mapping[str, nn.Module], config: Mapping[str, Any], folder: Path) -> None:
         self.layers, self.config, self.folder = layers, config, folder
-        whole = config.get("modules_to_save") or []
-        self.copied = {path: module for path, module in layers.items() if any(path_ends(path, n) for n in whole)}
+        self.copied = whole_modules(layers, config.get("modules_to_save") or [])
         self.states: dict[str, dict[str, Tensor]] = {path: {} for path in self.copied}
         self.matrices: dict[str, dict[str, Tensor]] = {}
         self.biases: dict[str, Tensor] = {}
@@ -134,7 +133,10 @@ class _Contents:
         inside = next((top for top in self.copied if path.startswith(f"{top}.")), None)
         low_rank = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", path)
         if inside:
-            self.states[inside][path.removeprefix(f"{inside}.")] = tensor
+            name = path.removeprefix(f"{inside}.")
+            # With bias="all" PEFT writes such a module's bias three times; the plain name is the one that it reads.
+            if not name.startswith(("modules_to_save.", "original_module.")):
+                self.states[inside][name] = tensor
         elif low_rank:
             layer, embedding, which = self._layer(low_rank[1]), low_rank[2], low_rank[3]
             if not (isinstance(layer, nn.Embedding) if embedding else is_linear(layer)):

@@ -69,5 +69,6 @@ def check_known(state: AdapterState, *names: str) -> None:
     for name in names:
         if name not in state.configs:
             raise LLMBuilderError(
-                f"no adapter is called '{name}'{nearest(name, state.configs) or '.'} There are: {', '.join(state.configs)}"
+                f"no adapter is called '{name}'{nearest(name, state.configs) or '.'} "
+                f"There are: {', '.join(state.configs)}"
             )

@@ -83,8 +83,8 @@ def make() -> Callable[[str], nn.Module]:
 def adapted() -> Callable[..., nn.Module]:
     """Builds a family's tiny model with an adapter of random A and B."""
 
-    def build(name: str, config: object = None, **more: object) -> nn.Module:
-        model = tiny_model(name)
+    def build(family: str, config: object = None, **more: object) -> nn.Module:
+        model = tiny_model(family)
         add_lora(model, config, **more)  # type: ignore[arg-type]
         return shuffled(model)
 
