@@ -1,5 +1,7 @@
 """torch's optimizers, with weight decay where it belongs and a state that is saved by parameter name."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ def make_optimizer(config: FineTuningConfig, trained: dict[str, nn.Parameter]) -
         {"params": [w for w in trained.values() if w.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [w for w in trained.values() if w.dim() < 2], "weight_decay": 0.0},
     ]
-    settings = {"lr": config.learning_rate, "fused": True}
-    return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], **settings)
+    kind: Any = OPTIMIZERS[config.optimizer]
+    return kind([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -187,7 +187,7 @@ class FineTuner:
                 if main is None:
                     main = self.head.loss_sum(batch.tensors)[0] / max(targets, 1)
                 more = self.methods.extra_loss(self.model, batch, window)
-            (main if more is None else main + more).backward()
+            torch.autograd.backward(main if more is None else main + more)
             loss += float(main.detach())
             extra += 0.0 if more is None else float(more.detach())
         extra += self.methods.penalty()
@@ -200,7 +200,11 @@ class FineTuner:
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         row = {"step": progress.step, "epoch": self._epoch, "loss": loss, "lr": rate, "grad_norm": grad_norm}
-        return row | {"tokens": targets, "tokens_per_s": targets / seconds} | ({"extra_loss": extra} if extra else {})
+        return (
+            row
+            | {"tokens": targets, "tokens_per_s": targets / seconds}
+            | ({"extra_loss": extra} if self.methods.add_losses() else {})
+        )
 
     def _clip(self) -> float:
         """The norm of all gradients together, before they are scaled down to ``max_grad_norm``."""
@@ -353,9 +357,7 @@ class FineTuner:
             self.loader.bind(val)
             return train, val, "validation"
         if share and not hasattr(train, "task_type"):
-            raise ConfigError(
-                "validation_split needs a data set of llmbuilder.data; give a sequence in two parts"
-            )
+            raise ConfigError("validation_split needs a data set of llmbuilder.data; give a sequence in two parts")
         if share:
             return *split(train, share, self.config.seed), "held out"
         warnings.warn(

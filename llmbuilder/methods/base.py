@@ -144,6 +144,10 @@ class Methods:
     def penalty(self) -> float:
         return sum(hook() for hook in self._hooks("penalty"))
 
+    def add_losses(self) -> bool:
+        """Whether any method adds a term to the loss."""
+        return bool(self._hooks("extra_loss") or self._hooks("penalty"))
+
     def after_step(self, step: int) -> None:
         for hook in self._hooks("after_step"):
             hook(step)

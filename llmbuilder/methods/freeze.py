@@ -1,6 +1,7 @@
 """Keep the embeddings or the lowest blocks as they are, whatever else trains."""
 
 import warnings
+from typing import Any
 
 from ..errors import ConfigError
 from ..models import blocks, embeddings
@@ -28,7 +29,7 @@ class Freeze:
         self.embeddings = embeddings
 
     def prepare(self, run: Run) -> None:
-        model = run.model
+        model: Any = run.model
         stack = blocks(model) if self.layers else []
         if self.layers > len(stack):
             raise ConfigError(f"freeze_layers={self.layers}: {type(model).__name__} has {len(stack)} blocks")

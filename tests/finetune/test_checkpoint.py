@@ -172,7 +172,7 @@ def test_no_pickle_is_executed(tmp_path: Path, content: Checkpoint) -> None:
     path = save_checkpoint(tmp_path, 1, content)
     (path / "trained.safetensors").write_bytes(pickle.dumps(Attack()))
     assert find_fault(path) is not None
-    with pytest.raises(Exception, match="(?i)header|deserializ"):
+    with pytest.raises(Exception, match=r"(?i)header|deserializ"):
         load_checkpoint(path)
     assert not (tmp_path / "attacked").exists()
 

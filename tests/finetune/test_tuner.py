@@ -397,7 +397,9 @@ def test_gradient_checkpointing_changes_no_gradient_with_dropout_on(
         config = make_config(gradient_checkpointing=checkpointing, max_steps=1, **chosen)
         tuner = FineTuner(make_gpt(), make_examples(8), config=config)
         calls: list[int] = []
-        tuner.model.blocks[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        tuner.model.blocks[0].attention.query.register_forward_hook(
+            lambda *_, calls=calls: calls.append(torch.is_grad_enabled())
+        )
         spy = spied(tuner)
         tuner.train()
         found.append((spy.gradients[0], sum(calls)))
@@ -492,7 +494,7 @@ def test_a_share_is_held_out_and_never_trained_on(make_gpt: MakeModel, make_exam
 
 
 def test_two_sources_of_validation_data_contradict(make_gpt: MakeModel, make_examples: Make, make_config: Make) -> None:
-    with pytest.raises(ConfigError, match="validation_split=0.5 has no effect beside a val_dataset"):
+    with pytest.raises(ConfigError, match=r"validation_split=0\.5 has no effect beside a val_dataset"):
         FineTuner(make_gpt(), make_examples(4), make_examples(4), make_config(validation_split=0.5))
 
 
@@ -593,7 +595,7 @@ def test_a_full_disk_stops_the_run_with_a_word(
                 )
 
     tuner.methods = Methods([Full()])
-    with pytest.raises(LLMBuilderError, match="step-4: cannot be saved .*No space left.*free some space"):
+    with pytest.raises(LLMBuilderError, match=r"step-4: cannot be saved .*No space left.*free some space"):
         tuner.train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
 
