@@ -88,7 +88,7 @@ def dropout(x: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
 
 def dropout_mask(shape: Sequence[int], threshold: int, seed: Tensor, stream: int) -> Tensor:
     """The mask as a boolean tensor, true where an element is kept."""
-    keep = torch.empty(*shape, dtype=torch.bool)
+    keep = torch.empty(tuple(shape), dtype=torch.bool)
     rows, columns = _rows_columns(shape)
     _C.dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), stream, threshold, _threads())
     return keep
