@@ -271,9 +271,11 @@ def test_no_logits_of_more_than_a_chunk_of_positions(make, shuffle, monkeypatch,
     shuffle(model)
     head, batch = LanguageHead(model), batch_of(20, 20)
     head.loss_sum(batch)  # the probe
-    with Largest() as seen:
+    saved = []
+    with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         head.loss_sum(batch)[0].backward()
         head.score(batch)
+    assert not any(shape and shape[-1] == VOCAB for shape in saved), "no chunk's logits wait for the backward pass"
     rows = {torch.Size(shape[:-1]).numel() for shape in seen.shapes if shape and shape[-1] == VOCAB}
     assert max(rows - {32}, default=0) <= 4, "[4, VOCAB] at most ([32, VOCAB] is a transposed weight)"
 

@@ -278,6 +278,16 @@ def test_ignored_positions_are_never_computed(monkeypatch):
     assert sum(seen) == int((targets >= 0).sum())
 
 
+def test_the_kernel_turns_logits_into_gradients_only_when_one_is_needed(monkeypatch):
+    asked, serve = [], _backend.serve
+    monkeypatch.setattr(_backend, "serve", lambda *args: lambda *chunk: asked.append(chunk[-1]) or serve(*args)(*chunk))
+    x, weight, targets, bias = problem(6, 9, 5, ignored=0)
+    score_tokens(x, weight, targets, bias)
+    linear_cross_entropy(x, weight, targets, bias)
+    linear_cross_entropy(x.requires_grad_(), weight, targets, bias)
+    assert asked == [False, False, True]
+
+
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     computed, sweep = [], cross_entropy._sweep
     monkeypatch.setattr(cross_entropy, "_sweep", lambda *args: computed.append(list(args[6])) or sweep(*args))
