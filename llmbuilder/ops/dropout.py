@@ -19,7 +19,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None, stream: int = 0) ->
     Args:
         x: any shape, strides and floating dtype.
         p: probability of zero, in [0, 1); rounded to a multiple of 1/65536, and so is the scale.
-        seed: int64 scalar tensor on x's device; drawn from torch's generator of that device when None.
+        seed: int64 scalar tensor on x's device; drawn from torch's generator of that device when None (in a compiled
+            graph, independent calls may draw theirs in another order than they are written in).
         stream: which of 2**32 independent masks of this seed.
 
     Returns:
