@@ -50,7 +50,7 @@ class LanguageHead:
 
     def loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """The summed cross-entropy of a batch, a float32 scalar with its gradient, and the number of targets."""
-        states, targets = self._target_states(batch)
+        states, targets = self.target_states(batch)
         head = self._plain_head()
         if head is not None:
             total = linear_cross_entropy(states, head.weight, targets, head.bias, self._softcap, reduction="sum")
@@ -63,7 +63,7 @@ class LanguageHead:
     @torch.no_grad()
     def score(self, batch: Mapping[str, Tensor]) -> tuple[float, int, int]:
         """(summed cross-entropy, targets that are the most likely token, targets), without gradients."""
-        states, targets = self._target_states(batch)
+        states, targets = self.target_states(batch)
         head = self._plain_head()
         if head is not None:
             losses, best = score_tokens(states, head.weight, targets, head.bias, self._softcap)
@@ -75,7 +75,7 @@ class LanguageHead:
             correct += int((logits.argmax(-1) == wanted).sum())
         return loss, correct, len(targets)
 
-    def _target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What predicts each target, [n, K], and the targets, [n]: hidden states, or logits where the probe failed."""
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
         inputs |= _no_cache(self.model)
