@@ -18,7 +18,7 @@ import llmbuilder as lb
 from llmbuilder.cli import COMMANDS, main
 from llmbuilder.data import load_dataset
 from llmbuilder.finetune import FineTuner, FineTuningConfig
-from llmbuilder.finetune.config import rows
+from llmbuilder.finetune.settings import rows
 from llmbuilder.models import GPT, GPTConfig, byte_tokenizer, generate
 from llmbuilder.nn import load_adapter
 
@@ -46,6 +46,7 @@ def home(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     (folder / "chat.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 3)
+    (folder / "short.txt").write_text(TEXT[:100])
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes(b"caf\xe9 " * 50)
     (folder / "broken.jsonl").write_text('{"messages": []}\n{"broken\n')
@@ -419,12 +420,12 @@ def test_merge_writes_a_model_that_says_the_same(home, run, tmp_path, capfd):
 
 
 def test_evaluate_says_what_the_api_says(home, run, capfd):
-    words = ["evaluate", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--dataset", f"{home}/text.txt"]
+    words = ["evaluate", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--dataset", f"{home}/short.txt"]
     capfd.readouterr()
     assert main([*words, "--max-seq-length", "32", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     config = FineTuningConfig(max_seq_length=32)
-    model, dataset = lb.load_model(home / "model"), load_dataset(home / "text.txt", config)
+    model, dataset = lb.load_model(home / "model"), load_dataset(home / "short.txt", config)
     load_adapter(model, run / "adapter")
     wanted = FineTuner(model, dataset, dataset, config).evaluate(dataset)
     assert told["loss"] == pytest.approx(wanted.loss, rel=1e-6)

@@ -4,7 +4,7 @@ import json
 import math
 from argparse import ArgumentParser, Namespace
 
-from ..finetune.config import rows
+from ..finetune.settings import rows
 from .model import model_arguments, open_model
 from .settings import add_settings, read_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from ..finetune.config import rows
+from ..finetune.settings import rows
 from .settings import add_settings, read_config
 
 if TYPE_CHECKING:

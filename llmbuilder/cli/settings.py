@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError
-from ..finetune.config import FineTuningConfig, Row, read_settings, rows, settle_names
+from ..finetune.config import FineTuningConfig, read_settings, settle_names
+from ..finetune.settings import Row, rows
 
 
 def add_settings(parser: ArgumentParser, table: Iterable[Row]) -> None:

@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from llmbuilder.errors import ConfigError, UnknownNameError
-from llmbuilder.finetune.config import LORA_SETTINGS, NOT_YET, FineTuningConfig, rows
-from llmbuilder.finetune.settings_page import settings_page
+from llmbuilder.finetune.config import LORA_SETTINGS, NOT_YET, FineTuningConfig
+from llmbuilder.finetune.settings import rows, settings_page
 from llmbuilder.nn import LoRAConfig
 
-DOCS = Path(__file__).parents[2] / "docs"
+TESTS = Path(__file__).parents[1]
+DOCS = TESTS.parent / "docs"
 
 
 def refusal(**settings) -> str:
@@ -256,6 +257,7 @@ def test_changes_name_what_a_resumed_run_may_not_change():
 def test_each_setting_has_a_row_that_says_what_it_does():
     for name, row in rows().items():
         assert row.effect and row.observable, name
+        assert name in (TESTS / row.test).read_text(encoding="utf-8"), f"tests/{row.test} does not test {name}"
         assert row.flags[-1] == "--" + name.replace("_", "-")
     flags = [flag for row in rows().values() for flag in row.flags]
     assert len(flags) == len(set(flags))
@@ -263,5 +265,5 @@ def test_each_setting_has_a_row_that_says_what_it_does():
 
 def test_the_page_of_settings_is_up_to_date():
     assert (DOCS / "settings.md").read_text(encoding="utf-8") == settings_page(), (
-        "run: python -m llmbuilder.finetune.settings_page > docs/settings.md"
+        "run: python -m llmbuilder.finetune.settings > docs/settings.md"
     )
