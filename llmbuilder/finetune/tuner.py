@@ -192,7 +192,7 @@ class FineTuner:
             extra += 0.0 if more is None else float(more.detach())
         extra += self.methods.penalty()
         grad_norm = self._clip()
-        self._require_finite(loss + extra, grad_norm)
+        self._require_finite(progress.step + 1, loss + extra, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -214,12 +214,12 @@ class FineTuner:
             nn.utils.clip_grads_with_norm_(weights, self.config.max_grad_norm, norm)
         return float(norm)
 
-    def _require_finite(self, *values: float) -> None:
+    def _require_finite(self, step: int, *values: float) -> None:
         if not all(math.isfinite(value) for value in values):
             raise LLMBuilderError(
-                f"step {self.progress.step + 1}: loss or gradient is no longer finite ({', '.join(map(str, values))}); "
-                f"nothing of this step was kept{self._last_checkpoint()}. Try a lower learning_rate, more warm-up, "
-                "max_grad_norm=1, or dtype='fp32'"
+                f"step {step}: loss or gradient is no longer finite ({', '.join(map(str, values))}); nothing of it "
+                f"was written{self._last_checkpoint()}. Try a lower learning_rate, more warm-up, max_grad_norm=1, or "
+                "dtype='fp32'"
             )
 
     # Evaluation
@@ -238,7 +238,7 @@ class FineTuner:
         """Judge the model in the middle of training, and remember the best weights where early stopping wants them."""
         started, progress = time.perf_counter(), self.progress
         total = self.judge.score(self.val_dataset)
-        self._require_finite(total.loss)
+        self._require_finite(progress.step, total.loss)
         progress.last_loss = total.loss
         progress.worse += 1
         if total.loss < progress.best_loss:

@@ -59,9 +59,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped_after(whole: Path, folder: Path, step: int) -> Path:
     """The folder as a run leaves it that is killed between two saves: files are further on than the checkpoint."""
     shutil.copytree(whole, folder)
-    for name in ("results.json", "loss.png", "model"):
+    for name in ("results.json", "loss.png", "model", "adapter"):
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in (folder / "checkpoints").iterdir():
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
@@ -131,6 +131,18 @@ def test_resumed_from_each_checkpoint(whole: Path, tmp_path: Path, step: int) ->
     folder = stopped_after(whole, tmp_path / "run", step)
     crashing.train(folder, resume=True)
     assert_same(outcome(folder), outcome(whole))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"dtype": "bf16"}, {"data_collator": "packing", "max_seq_length": 32}, {"gradient_checkpointing": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_resumed_lora_runs_of_other_kinds(tmp_path: Path, settings: dict[str, Any]) -> None:
+    crashing.train(tmp_path / "whole", **LORA | settings)
+    folder = stopped_after(tmp_path / "whole", tmp_path / "run", 4)
+    crashing.train(folder, resume=True, **LORA | settings)
+    assert_same(outcome(folder, lora=True), outcome(tmp_path / "whole", lora=True))
 
 
 def flip(content: bytes) -> bytes:
