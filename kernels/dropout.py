@@ -1,10 +1,13 @@
 """Dropout in Triton, with the mask of csrc/include/llmbuilder/philox.h and llmbuilder/ops/reference.py, bit for bit."""
 
+# mypy: disable-error-code=no-untyped-def
+# (Triton reads the annotations of a kernel as its own types.)
 import torch
 import triton
 import triton.language as tl
 
-ROUNDS: tl.constexpr = tl.constexpr(7)
+PHILOX_ROUNDS = tl.constexpr(7)
+ROWS, COLUMNS = 4, 512  # of a tile: 16 elements a thread, of which a Philox call serves 8
 
 
 @triton.jit
@@ -22,7 +25,7 @@ def keep_tile(seed, rows, first_call, stream, threshold, ROWS: tl.constexpr, COL
         zero + rows[:, None].to(tl.uint32),
         zero + stream.to(tl.uint32),
         zero,
-        n_rounds=ROUNDS,
+        n_rounds=PHILOX_ROUNDS,
     )
     words = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (ROWS, COLUMNS // 2))
     slices = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLUMNS))
@@ -49,10 +52,8 @@ def dropout(x: torch.Tensor, threshold: int, seed: torch.Tensor, stream: int) ->
     if not x.numel():
         return y
     K = x.shape[-1] if x.dim() else 1
-    M, rows, columns = x.numel() // K, 4, 512
-    tiles = triton.cdiv(K, columns)
+    M, tiles = x.numel() // K, triton.cdiv(K, COLUMNS)
     scale = 65536 / (65536 - threshold)
-    dropout_kernel[(triton.cdiv(M, rows) * tiles,)](
-        x, y, M, K, seed, stream, threshold, scale, tiles, ROWS=rows, COLUMNS=columns
-    )
+    grid = (triton.cdiv(M, ROWS) * tiles,)
+    dropout_kernel[grid](x, y, M, K, seed, stream, threshold, scale, tiles, ROWS=ROWS, COLUMNS=COLUMNS)
     return y
