@@ -162,7 +162,7 @@ def _decode(file: Path) -> str:
 
 
 def _jsonl_rows(file: Path, report: DataReport) -> Iterator[Row]:
-    # split at \n alone: a JSON string may hold other characters that str.splitlines takes for line ends
+    # split at \n alone: other line ends may stand within a row, in its strings (U+2028) or between its tokens (\r)
     for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue

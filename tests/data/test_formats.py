@@ -36,7 +36,7 @@ def test_a_bad_byte_is_named_with_file_and_offset(tmp_path):
 
 def test_malformed_lines_are_named_and_the_others_kept(tmp_path):
     file = tmp_path / "data.jsonl"
-    file.write_bytes(b'{"text": "a"}\r\n\r\n{"text": \n[1]\n{"text": "\xff"}\n"b"\nnull\n{"text": "\xe2\x80\xa8"}')
+    file.write_bytes(b'{"text": "a"}\r\n\r\n{"text": \n[1]\n{"text": "\xff"}\n"b"\nnull\n{"text":\r"\xe2\x80\xa8"}')
     reading = read_rows(file)
     assert values(reading) == [{"text": "a"}, "b", {"text": "\u2028"}]
     assert [row.where for row in reading.rows] == [f"{file}:1", f"{file}:6", f"{file}:8"]

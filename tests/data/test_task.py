@@ -101,6 +101,16 @@ def test_chat_template_prompts_and_masks(chat_tokenizer, check_segments, task_ty
     assert dataset.generation_pairs(1) == [(chat_tokenizer(prompt)["input_ids"], response)]
 
 
+def test_no_begin_of_text_is_added_to_what_the_chat_template_writes(chat_tokenizer, check_segments):
+    begin = chat_tokenizer.convert_tokens_to_ids("<s>")
+    processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    chat_tokenizer.backend_tokenizer.post_processor = processor
+    dataset = TaskDataset([{"prompt": "p", "completion": "c"}], "instruction", chat_tokenizer)
+    prompt = f"{SYSTEM}<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
+    check_segments(dataset[0], chat_tokenizer, [(prompt, False), ("c<|im_end|>", True), ("\n", False)])
+    assert begin not in dataset[0]["input_ids"]
+
+
 def test_a_system_message_replaces_the_template_own(chat_tokenizer, check_segments):
     dataset = TaskDataset([{"instruction": "i", "output": "o", "system": "Be brief."}], "instruction", chat_tokenizer)
     prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ni<|im_end|>\n<|im_start|>assistant\n"
