@@ -284,7 +284,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def visibility(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor | None:
     """Which keys each query sees, [B or 1, 1, queries, keys] boolean; None stands for plain causal attention.
 
-    A query always sees itself, so that a row of padding has something to attend to and stays finite.
+    A query that sees nothing, as padding may, gets zeros from torch's attention.
     """
     if mask is None and queries == keys:
         return None
@@ -292,12 +292,10 @@ def visibility(mask: Tensor | None, queries: int, keys: int, device: torch.devic
     if mask is None:
         return causal[None, None]
     if mask.dim() == 2 and mask.shape[1] == keys:
-        visible = causal & mask.bool()[:, None, None]
-    elif mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[2:] == (queries, keys):
-        visible = mask
-    else:
-        raise LLMBuilderError(
-            f"GPT: attention_mask must be [batch, {keys}] of 0 and 1, or [batch, 1, {queries}, {keys}] boolean; "
-            f"got {list(mask.shape)} of {mask.dtype}"
-        )
-    return visible | torch.eye(keys, dtype=torch.bool, device=device)[keys - queries :]
+        return causal & mask.bool()[:, None, None]
+    if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[2:] == (queries, keys):
+        return mask
+    raise LLMBuilderError(
+        f"GPT: attention_mask must be [batch, {keys}] of 0 and 1, or [batch, 1, {queries}, {keys}] boolean; "
+        f"got {list(mask.shape)} of {mask.dtype}"
+    )

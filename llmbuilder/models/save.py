@@ -128,7 +128,7 @@ def _refuse_foreign_files(path: Path) -> None:
     """Replacing a folder deletes it: never one that holds anything but a saved model."""
     if path.is_dir():
         for entry in sorted(path.iterdir()):
-            if entry.is_dir() or not any(entry.match(own) for own in _OWN_FILES + _OWN_TOKENIZER_FILES):
+            if not any(entry.match(own) for own in _OWN_FILES + _OWN_TOKENIZER_FILES):
                 raise LLMBuilderError(
                     f"save_model: {path} holds {entry.name}, which is no part of a saved model; give another folder"
                 )

@@ -1,6 +1,7 @@
 """A conversation becomes the prompt that the model knows."""
 
 import pytest
+from tokenizers.processors import Sequence, TemplateProcessing
 
 from llmbuilder.data.templates import plain_conversation
 from llmbuilder.errors import LLMBuilderError
@@ -25,6 +26,15 @@ def test_the_chat_template_is_used_where_there_is_one() -> None:
     assert tokenizer.decode(ids) == ("<system>Be {brief}.<|endoftext|><user>Where is Paris?<|endoftext|><assistant>")
     assert ids.count(256) == 2, "the end of a turn is one token, not its letters"
     assert ids == tokenizer.apply_chat_template(MESSAGES[:2], add_generation_prompt=True)["input_ids"]
+
+
+def test_the_beginning_of_text_is_written_once() -> None:
+    tokenizer = byte_tokenizer()
+    begin = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 257)])  # as Llama's adds its own
+    tokenizer.backend_tokenizer.post_processor = Sequence([tokenizer.backend_tokenizer.post_processor, begin])
+    assert chat_prompt(tokenizer, MESSAGES[:1])[0] == 257, "plain text is begun by the tokenizer"
+    tokenizer.chat_template = "<|pad|>" + TEMPLATE
+    assert chat_prompt(tokenizer, MESSAGES).count(257) == 1, "a template has begun already"
 
 
 def test_without_a_template_turns_are_written_plainly() -> None:

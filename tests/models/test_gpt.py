@@ -138,6 +138,15 @@ def test_padding_is_seen_by_nobody(gpt: GPT, side: str) -> None:
         assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rows_of_padding_leave_gradients_finite(dropout: float) -> None:
+    model = GPT(GPTConfig(**SMALL, dropout=dropout)).train()
+    ids, mask = torch.randint(40, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3], mask[1] = 0, 0
+    model(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
+
+
 def test_packed_sequences_are_computed_apart(gpt: GPT) -> None:
     first, second = torch.randint(264, (1, 6)), torch.randint(264, (1, 5))
     packed = torch.cat([first, second, torch.tensor([[3]])], dim=1)  # and one position of padding
