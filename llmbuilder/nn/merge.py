@@ -21,11 +21,13 @@ def merge_lora(model: nn.Module, keep_base: bool = True, untie: bool = False) ->
         untie: let a merged layer that shares its weight with another one (an embedding and its head) part with it.
 
     Raises:
-        LLMBuilderError: no adapters, adapters that are merged already, or a shared weight without ``untie``. Nothing is
-            changed then.
+        LLMBuilderError: no adapters, adapters that are merged already or disabled, or a shared weight without
+            ``untie``. Nothing is changed then.
     """
     state = state_of(model)
     check_unmerged(state)
+    if not state.enabled:
+        raise LLMBuilderError("the adapters are disabled, there is nothing to merge: leave adapters_disabled first")
     # A trained copy serves as it is; only where wrappers go does it take its module's place.
     changed = [
         (path, wrapper)
