@@ -29,7 +29,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     A native model becomes one file when ``path`` ends in ``.pt``, else a folder (``config.json``,
     ``model.safetensors``, ``tokenizer.json``); a Hugging Face model becomes a folder in its own format. All is written
-    under a temporary name, synced to disk, and renamed: a crash leaves what was there before.
+    under a temporary name, synced to disk, and renamed: a save that fails leaves what was there before.
 
     Args:
         model: a :class:`GPT` or a transformers model, without adapters; its ``tokenizer`` attribute is saved with it.
@@ -77,8 +77,9 @@ def _save_folder(model: Any, path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; when the block ends well, sync what was written and rename it.
 
-    Works for a file and for a folder. A folder that is in the way moves aside for the moment of the renaming, and is
-    removed after it. When the block raises, nothing is left behind and ``path`` is as it was.
+    Works for a file and for a folder. When the block raises, nothing is left behind and ``path`` is as it was. A folder
+    with something in it can't be replaced in one step, so one that is in the way moves aside (``.NAME.….old``) for the
+    moment of the renaming; a process killed in that moment leaves it whole beside the new one (``.NAME.….new``).
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
