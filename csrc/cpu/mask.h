@@ -44,6 +44,14 @@ struct Mask {
   /// `row_step` and block by `block_step`.
   template <int U>
   inline void draw(i64 row, int row_step, i64 block, int block_step, u64* bits) const {
+    constexpr int N = GROUPS == 1 ? U : 1;  // as many as there are registers for
+    for (int u = 0; u < U; u += N)
+      draw_together<N>(row + u * row_step, row_step, block + u * block_step, block_step, bits + u);
+  }
+
+ private:
+  template <int U>
+  inline void draw_together(i64 row, int row_step, i64 block, int block_step, u64* bits) const {
     Q c[4][U * GROUPS], lane;
     for (int i = 0; i < CALLS; i++) lane[i] = i;
     for (int u = 0; u < U; u++)
@@ -65,7 +73,6 @@ struct Mask {
     }
   }
 
- private:
   /// Eight bits a call: four slices in its lane of `front`, then four in its lane of `back`.
   inline u64 compare(Q front, Q back) const {
 #if defined(__AVX512BW__)

@@ -484,7 +484,7 @@ def test_the_variable_forces_an_instruction_set():
 def test_an_instruction_set_that_does_not_fit_is_an_error():
     done = python("import llmbuilder.ops", LLMBUILDER_ISA="sse9")
     assert done.returncode != 0
-    assert "LLMBUILDER_ISA asks for the instruction set 'sse9'" in done.stderr and "plain" in done.stderr
+    assert "LLMBUILDER_ISA asks for the instruction set 'sse9'" in done.stderr and ISAS[-1] in done.stderr
     with pytest.raises(ValueError, match="sse9"):
         _native.set_isa("sse9")
 
