@@ -12,8 +12,8 @@ from ..nn import list_adapters, save_adapter
 class SaveAdapter(TrainerCallback):
     """Writes the adapters in PEFT's format into each checkpoint that Trainer saves.
 
-    ``Trainer(model, ..., callbacks=[SaveAdapter()])`` leaves a folder ``adapter`` in every ``checkpoint-N``, with one of
-    each adapter's name in it where there are several. Trainer's own files beside it hold the whole model under the
+    ``Trainer(model, ..., callbacks=[SaveAdapter()])`` leaves a folder ``adapter`` in every ``checkpoint-N`` (one of
+    each adapter's name in it where there are several). Trainer's own files beside it hold the whole model under the
     names that it has while it carries adapters, and are what ``resume_from_checkpoint`` reads.
     """
 
