@@ -146,7 +146,7 @@ def _tokenise_batch(
 
 def _why(tokenised: Tokenised, limit: int) -> str:
     if tokenised.marks[1:].any():
-        return f"the response begins after max_seq_length, at token {tokenised.prompt} of {limit}"
+        return f"the response begins at token {tokenised.prompt}, and max_seq_length is {limit}"
     return "no token to predict"
 
 

@@ -39,16 +39,17 @@ def test_a_change_of_settings_tokenizer_or_template_binds_anew(tokenizer, chat_t
     dataset = TaskDataset([QA] * 3, "question_answering")
     dataset.bind(tokenizer, config())
     plain = dataset[0]
-    dataset.bind(tokenizer, config(max_seq_length=22))
-    assert len(dataset[0]["input_ids"]) == 22
+    dataset.bind(tokenizer, config(max_seq_length=21))
+    assert len(dataset[0]["input_ids"]) == 21
     assert dataset.report.rows == 3 and dataset.report.kept == 3, "counted afresh, not added up"
-    dataset.bind(chat_tokenizer, config())
-    assert dataset[0] != plain
-    tokenizer.chat_template = chat_tokenizer.chat_template
-    chat = dataset[0]
     dataset.bind(tokenizer, config())
-    assert dataset[0] == chat
-    assert len(counted) == 4
+    assert dataset[0] == plain and len(counted) == 3
+    tokenizer.chat_template = chat_tokenizer.chat_template
+    dataset.bind(tokenizer, config())
+    chat = dataset[0]
+    assert chat != plain and len(counted) == 4
+    dataset.bind(chat_tokenizer, config())
+    assert dataset[0] == chat and len(counted) == 5
 
 
 def test_the_dataset_own_tokenizer_serves_before_and_after_bind(tokenizer, config):

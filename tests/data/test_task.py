@@ -285,7 +285,7 @@ def test_truncation_is_counted_and_a_lost_response_named(tokenizer, config):
     assert len(dataset) == 2
     report = dataset.report
     assert (report.rows, report.kept, report.truncated, report.tokens_lost) == (3, 2, 1, len(whole) - 30)
-    assert report.without_targets == ["rows[1]: the response begins after max_seq_length, at token 68 of 30"]
+    assert report.without_targets == ["rows[1]: the response begins at token 68, and max_seq_length is 30"]
     assert "1 example truncated, 21 tokens lost" in str(report)
 
 
