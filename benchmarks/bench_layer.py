@@ -14,6 +14,7 @@ from harness import interleaved, relative, write
 from torch import nn
 
 from llmbuilder import ops
+from llmbuilder.ops.dropout import seed_like
 
 R, ALPHA, P, ROWS = 16, 32, 0.1, 2048
 SIZES = (768, 2048, 4096)
@@ -43,7 +44,7 @@ def llmbuilder_layer(linear, p):
     a, b = (q for q in model.parameters() if q.requires_grad)
 
     def mask(shape):
-        seed = ops.seed_like(torch.empty(1))
+        seed = seed_like(torch.empty(1))
         return ops.dropout(torch.ones(shape), p, seed)
 
     return Layer(model[0], a, b, mask)
