@@ -9,6 +9,7 @@ from ..data import Collator
 from ..methods import Batch, Example, Key
 from ..models import context_length
 from .config import FineTuningConfig
+from .randomness import undisturbed
 from .sampler import check_examples, load_batches
 
 
@@ -31,7 +32,8 @@ class Loader:
         """Tokenise a data set and see that the model can read it; returns a hash of its examples."""
         if hasattr(dataset, "bind"):
             dataset.bind(self.tokenizer, self.config)
-        return check_examples(dataset, context_length(self.model))
+        with undisturbed():
+            return check_examples(dataset, context_length(self.model))
 
     def batches(self, sources: Mapping[str, Sequence[Example]], plan: Sequence[list[Key]]) -> Iterator[Batch]:
         """The batches of ``plan``, on the CPU."""

@@ -41,6 +41,14 @@ class Pairs:
         return self.pairs[:limit]
 
 
+class Drawing(Pairs):
+    """Draws from torch's generator whenever it is read, as a data set that augments its examples would."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        torch.rand(3)
+        return super().__getitem__(index)
+
+
 @pytest.fixture
 def model(make_gpt: Callable[..., nn.Module]) -> nn.Module:
     gpt = make_gpt(vocab_size=258, block_size=64, n_embd=64)
@@ -140,7 +148,7 @@ def test_pairs_that_do_not_fit_the_context_are_left_out(model: nn.Module, make_c
 def test_evaluating_leaves_weights_modes_gradients_and_random_states_alone(
     model: nn.Module, make_config: Callable[..., Any]
 ) -> None:
-    data = Pairs([("a ", "b")], "exact_match", model.tokenizer)
+    data = Drawing([("a ", "b")], "exact_match", model.tokenizer)
     tuner = tuner_for(model, data, make_config)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     state = torch.get_rng_state()
