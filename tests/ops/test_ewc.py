@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llmbuilder.ops import ewc_accumulate_, ewc_penalty, ewc_penalty_
 from llmbuilder.ops.ewc import _ewc_penalty
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def weights(shapes, dtypes):
@@ -37,7 +37,7 @@ def wide(tensors):
 @settings(deadline=None, max_examples=60)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 70), max_size=3), min_size=1, max_size=4),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(NARROW),
     with_fishers=st.booleans(),
     with_grads=st.booleans(),
     seed=st.integers(0, 2**32),
@@ -61,7 +61,7 @@ def test_value_and_gradient_of_the_penalty_in_place(check_error, shapes, dtype, 
                 [b.double() + e for b, e in zip(before, exact, strict=True)],
             ]
         )
-        assert value == pytest.approx(exact_value.item(), rel=1e-5 if dtype != torch.float64 else 1e-13, abs=1e-12)
+        assert value == pytest.approx(exact_value.item(), rel=1e-5, abs=1e-12)
     for i in range(len(shapes)):
         check_error(*([draw[way][i] for draw in draws] for way in range(3)), f"gradient {i}")
 
@@ -148,7 +148,7 @@ def test_equal_bits_run_to_run_and_for_any_number_of_threads():
 @settings(deadline=None, max_examples=40)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 70), max_size=3), min_size=1, max_size=4),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(NARROW),
     seed=st.integers(0, 2**32),
 )
 def test_fisher_grows_by_the_weighted_square(check_error, shapes, dtype, seed):
@@ -166,9 +166,10 @@ def test_fisher_grows_by_the_weighted_square(check_error, shapes, dtype, seed):
 
 def test_the_weight_of_a_square_is_one_unless_given(backend):
     fisher, grad = torch.rand(7), torch.randn(7)
-    expected = fisher + grad**2
-    ewc_accumulate_([fisher], [grad.requires_grad_()])
-    torch.testing.assert_close(fisher, expected.detach())
+    for weight, arguments in ((1.0, ()), (0.3, (0.3,))):
+        grown = [fisher.clone()]
+        ewc_accumulate_(grown, [grad.clone().requires_grad_()], *arguments)
+        torch.testing.assert_close(grown[0], fisher + weight * grad**2)
 
 
 def test_no_params_cost_nothing():

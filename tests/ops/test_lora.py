@@ -100,15 +100,19 @@ def test_in_fp64_it_is_the_formula(p):
     torch.testing.assert_close(lora_delta(x, A, B, 2.0, p, torch.tensor(3), 1), expected - F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_registered_as_torch_wants_it(backend, dtype):
-    x, weight, bias, A, B = layer(6, 10, 8, 3, dtype, torch.float32, lead=(2,))
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_registered_as_torch_wants_it(backend, dtype, adapter_dtype):
+    x, weight, bias, A, B = layer(6, 10, 8, 3, dtype, adapter_dtype, lead=(2,))
     for t in (x, A, B):
         t.requires_grad_()
     seed = torch.tensor(5)
     for base in ((weight, bias), (weight, None), (None, None)):
         torch.library.opcheck(_lora_linear, (x, *base, A, B, 0.5, 20000, seed, 1))
     torch.library.opcheck(_lora_linear, (x, weight, bias, A, B, 0.5, 0, None, 0))
+    assert not _lora_linear(x, weight, bias, A, B, 0.5, 20000, seed, 1)[1].requires_grad
     y, S = _lora_linear(x.detach(), weight, bias, A.detach(), B.detach(), 0.5, 20000, seed, 1)
     for need_x in (True, False):
         arguments = (y, x.detach(), weight, S, A.detach(), B.detach(), 0.5, 20000, seed, 1, need_x)
