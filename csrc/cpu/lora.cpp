@@ -58,8 +58,7 @@ void shrink(const T* x, const T* A, T* S, i64 M, i64 K, i64 r, Drop drop, int th
       }
       drop.draw(bits, m0, rows, c0, cols);
       tile.template fill<true, false>(x + m0 * K + c0, K, rows, cols, bits);
-      product(tile.over_columns(), tile.COLUMN_ROW, tile.COLUMN_STEP, rows, COLS / DEPTH<T>, w + c0 / DEPTH<T> * R, R,
-              sum);
+      sum_over_columns(tile, rows, w + c0 / DEPTH<T> * R, R, sum);
     }
     store_scaled(S + m0 * r, sum, rows, r, R, drop.scale());
   }
@@ -145,9 +144,8 @@ void grad_sb(const T* dY, const T* S, const T* B, T* dS, float* dB, i64 M, i64 N
           prefetch(dY, M, N, first, c0 + COLS);
         }
         tile.template fill<true, true>(dY + m0 * N + c0, N, rows, cols, bits);
-        product(tile.over_columns(), tile.COLUMN_ROW, tile.COLUMN_STEP, rows, COLS / DEPTH<T>, w + c0 / DEPTH<T> * R, R,
-                ds + (m0 - first) * R);
-        product(tile.over_rows(), tile.ROW_ROW, tile.ROW_STEP, cols, ROWS / DEPTH<T>, s + m0 / DEPTH<T> * R, R, db);
+        sum_over_columns(tile, rows, w + c0 / DEPTH<T> * R, R, ds + (m0 - first) * R);
+        sum_over_rows(tile, cols, s + m0 / DEPTH<T> * R, R, db);
       }
     }
     store_scaled(dS + first * r, ds, last - first, r, R, scaling);
@@ -189,8 +187,7 @@ void grad_ax(const T* x, const T* dS, const T* A, float* dA, T* dX, i64 M, i64 K
         }
         drop.draw(bits, m0, rows, c0, cols);
         tile.template fill<false, true>(x + m0 * K + c0, K, rows, cols, bits);
-        product(tile.over_rows(), tile.ROW_ROW, tile.ROW_STEP, cols, ROWS / DEPTH<T>, over_rows + m0 / DEPTH<T> * R, R,
-                da);
+        sum_over_rows(tile, cols, over_rows + m0 / DEPTH<T> * R, R, da);
         if (dX) update(dX + m0 * K + c0, K, rows, cols, over_rank + m0 * steps, a + c0 * steps, R, drop.scale(), bits);
       }
     }

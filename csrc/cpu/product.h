@@ -108,7 +108,6 @@ inline V load_up_to(const T* p, int left) {
 template <class T, int depth = DEPTH<T>>
 struct Tile {
   alignas(64) float at[ROWS][COLS];
-  static constexpr i64 COLUMN_ROW = COLS, COLUMN_STEP = 1, ROW_ROW = 1, ROW_STEP = COLS;
 
   const float* over_columns() const { return at[0]; }
   const float* over_rows() const { return at[0]; }
@@ -126,26 +125,25 @@ struct Tile {
 template <>
 struct Tile<bf16, 2> {
   alignas(64) u32 columns[ROWS][COLS / 2];  // (x[m][2c], x[m][2c+1])
-  alignas(64) u32 rows_[ROWS / 2][COLS];    // (x[2m][c], x[2m+1][c])
-  static constexpr i64 COLUMN_ROW = COLS / 2, COLUMN_STEP = 1, ROW_ROW = 1, ROW_STEP = COLS;
+  alignas(64) u32 rows[ROWS / 2][COLS];     // (x[2m][c], x[2m+1][c])
 
   const u32* over_columns() const { return columns[0]; }
-  const u32* over_rows() const { return rows_[0]; }
+  const u32* over_rows() const { return rows[0]; }
 
   template <bool OVER_COLUMNS, bool OVER_ROWS>
-  void fill(const bf16* x, i64 stride, int rows, int cols, const Bits& bits) {
+  void fill(const bf16* x, i64 stride, int row_count, int cols, const Bits& bits) {
     for (int m = 0; m < ROWS; m += 2)
 #pragma GCC unroll 4
       for (int c = 0; c < COLS; c += 32) {
-        const __m512i even = masked(x + m * stride + c, m < rows ? cols - c : 0, bits.from(m, c));
-        const __m512i odd = masked(x + (m + 1) * stride + c, m + 1 < rows ? cols - c : 0, bits.from(m + 1, c));
+        const __m512i even = masked(x + m * stride + c, m < row_count ? cols - c : 0, bits.from(m, c));
+        const __m512i odd = masked(x + (m + 1) * stride + c, m + 1 < row_count ? cols - c : 0, bits.from(m + 1, c));
         if (OVER_COLUMNS) {
           _mm512_store_si512(&columns[m][c / 2], even);
           _mm512_store_si512(&columns[m + 1][c / 2], odd);
         }
         if (OVER_ROWS) {
-          _mm512_store_si512(&rows_[m / 2][c], pairs(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-          _mm512_store_si512(&rows_[m / 2][c + 16],
+          _mm512_store_si512(&rows[m / 2][c], pairs(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
+          _mm512_store_si512(&rows[m / 2][c + 16],
                              pairs(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
         }
       }
@@ -162,6 +160,17 @@ struct Tile<bf16, 2> {
   }
 };
 #endif
+
+/// out[rows][r] += tile[rows][COLS] * right[COLS][r].
+template <class T>
+inline void sum_over_columns(const Tile<T>& tile, int rows, const Word<T>* right, i64 r, float* out) {
+  product(tile.over_columns(), COLS / DEPTH<T>, 1, rows, COLS / DEPTH<T>, right, r, out);
+}
+/// out[cols][r] += tile[ROWS][cols]^T * right[ROWS][r].
+template <class T>
+inline void sum_over_rows(const Tile<T>& tile, int cols, const Word<T>* right, i64 r, float* out) {
+  product(tile.over_rows(), 1, COLS, cols, ROWS / DEPTH<T>, right, r, out);
+}
 
 /// Asks for a tile that is needed soon: tiles jump from row to row too often for the processor to guess.
 template <class T>
