@@ -96,13 +96,23 @@ class Errors:
             assert error <= 2 * rival + ulp, f"{name}: error {error:.3g}, torch's {rival:.3g}, one ulp {ulp:.3g}"
 
 
+# Signalling NaN: what reads it is poisoned, and even adding zero to it changes its bits.
+GUARDS = {
+    torch.float32: (torch.int32, 0x7FA00000),
+    torch.bfloat16: (torch.int16, 0x7FA0),
+    torch.float16: (torch.int16, 0x7D00),
+}
+
+
 class Buffer:
-    """A contiguous tensor amid guards of NaN: what reads beyond it is poisoned, what writes beyond it is seen."""
+    """A contiguous tensor amid guards that no kernel may read or write."""
 
     def __init__(self, value: Tensor) -> None:
-        self.flat = value.new_full((value.numel() + 2 * GUARD,), math.nan)
-        self.tensor = self.flat[GUARD : GUARD + value.numel()].view(value.shape)
+        integer, pattern = GUARDS[value.dtype]
+        self.flat = torch.full((value.numel() + 2 * GUARD,), pattern, dtype=integer)
+        self.tensor = self.flat.view(value.dtype)[GUARD : GUARD + value.numel()].view(value.shape)
         self.tensor.copy_(value)
+        self.pattern = pattern
 
     @classmethod
     def poisoned(cls, *shape: int, dtype: torch.dtype) -> "Buffer":
@@ -113,7 +123,7 @@ class Buffer:
         return self.tensor.data_ptr()
 
     def intact(self) -> bool:
-        return bool(self.flat[:GUARD].isnan().all() and self.flat[-GUARD:].isnan().all())
+        return bool((self.flat[:GUARD] == self.pattern).all() and (self.flat[-GUARD:] == self.pattern).all())
 
 
 # ---- the mask -------------------------------------------------------------------------------------------------------
