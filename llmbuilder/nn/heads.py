@@ -76,7 +76,19 @@ class LanguageHead:
         return loss, correct, len(targets)
 
     def target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What predicts each target, [n, K], and the targets, [n]: hidden states, or logits where the probe failed."""
+        """What predicts each target, [n, K], and the targets, [n]: hidden states, or logits where the probe failed.
+
+        Raises LLMBuilderError for a packed batch (a 4D ``attention_mask``) that the model can't keep apart.
+        """
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 4 and self._packing_problem is not None:
+            raise LLMBuilderError(
+                f"{type(self.model).__name__} can't train on packed examples: {self._packing_problem}; "
+                "use data_collator='default'"
+            )
+        return self._target_states(batch)
+
+    def _target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
         inputs |= _no_cache(self.model)
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
@@ -162,6 +174,35 @@ class LanguageHead:
             return "its logits are not the output of its output layer"
         return None
 
+    @cached_property
+    def _packing_problem(self) -> str | None:
+        """Why packed examples would disturb each other: a short one must come out behind another as it does alone.
+
+        Recurrent and convolutional layers carry the first one's tokens over, whatever the mask says.
+        """
+        device = next(self.model.parameters()).device
+        document = (torch.arange(3, 7, device=device) % _text_config(self.model).vocab_size)[None]
+        row = torch.cat([document[:, 1:].flip(1), document], 1)
+        first = row.shape[1] - document.shape[1]
+        index = torch.arange(row.shape[1], device=device)
+        second = index >= first
+        apart = {"input_ids": document, "labels": document, "attention_mask": torch.ones_like(document)}
+        packed = {
+            "input_ids": row,
+            "labels": row.masked_fill(index <= first, IGNORED),
+            "attention_mask": (second[:, None] == second).tril()[None, None],
+            "position_ids": torch.where(second, index - first, index)[None],
+        }
+        with torch.no_grad(), _undisturbed(self.model):
+            alone, _ = self._target_states(apart)
+            try:
+                behind, _ = self._target_states(packed)
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                return f"it takes no mask of pairs of tokens ({str(error).splitlines()[0]})"
+        difference = float((behind.float() - alone.float()).norm() / alone.float().norm())
+        # Far above rounding, also that of many layers, and far below what another token does in a trained model.
+        return None if difference <= torch.finfo(alone.dtype).eps ** 0.5 else "an example changes the one behind it"
+
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
@@ -235,6 +276,12 @@ def _packing_mask(model: nn.Module, mask: Tensor) -> Tensor | dict[str, Tensor]:
             return visible
         return torch.zeros(visible.shape, device=mask.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
 
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk < mask.shape[-1]:
+        raise LLMBuilderError(
+            f"{type(model).__name__} attends in chunks of {chunk} tokens, which packed rows of {mask.shape[-1]} "
+            "exceed: lower max_seq_length, or use data_collator='default'"
+        )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if window is None or window >= mask.shape[-1] or kinds == {"full_attention"}:

@@ -204,6 +204,42 @@ def test_packed_documents_keep_to_the_sliding_window(make, family, attention):
     check_packed(model, packed, documents)
 
 
+STATE = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
+UNPACKABLE = {
+    "recurrent": lambda: transformers.RwkvConfig(**STATE, attention_hidden_size=16),
+    "convolutional": lambda: transformers.Lfm2Config(**STATE, **HEADS, layer_types=["conv", "full_attention"]),
+    "alibi": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2),
+    "state space": lambda: transformers.MambaConfig(**STATE, state_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", UNPACKABLE)
+def test_a_model_that_cannot_keep_packed_documents_apart_refuses_them(kind):
+    model = transformers.AutoModelForCausalLM.from_config(UNPACKABLE[kind]())
+    with torch.no_grad():  # at transformers' start, layers hardly change what passes them
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    documents = [torch.randint(1, VOCAB, (n,)).tolist() for n in (5, 7)]
+    packed = collate([{"input_ids": ids, "labels": ids} for ids in documents], "packing", max_length=12)
+    for compute in (LanguageHead(model).loss_sum, LanguageHead(model).score):
+        with pytest.raises(LLMBuilderError, match=f"{type(model).__name__} can't train on packed examples"):
+            compute(packed)
+    check_equal(model, batch_of(5, 7))
+
+
+def test_packed_rows_beyond_a_chunk_of_attention_are_refused():
+    experts = {"num_local_experts": 2, "intermediate_size_mlp": 24, "head_dim": 8, "attention_chunk_size": 10}
+    config = transformers.Llama4TextConfig(**STATE, **HEADS, **experts)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    documents = [torch.randint(1, VOCAB, (n,)).tolist() for n in (5, 7)]
+    examples = [{"input_ids": ids, "labels": ids} for ids in documents]
+    with pytest.raises(LLMBuilderError, match="chunks of 10 tokens, which packed rows of 12 exceed"):
+        LanguageHead(model).loss_sum(collate(examples, "packing", max_length=12))
+    short = collate(examples, "packing", max_length=7)
+    check_packed(model, short, documents)
+
+
 def attend_by(model, attention):
     """Choose transformers' way of attention, where the model has it; the native model has one."""
     if getattr(model, f"_supports_{attention}", attention == "eager") and hasattr(model, "set_attn_implementation"):
