@@ -22,6 +22,8 @@ GROUPS = {
     "mlp": ("mlp.dense",),
 }
 SPECIAL = ("embeddings", "all", "all-linear")
+# State-space models (Mamba, Jamba) multiply by this layer's weight themselves.
+UNCALLED = "dt_proj"
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -61,8 +63,16 @@ _PHI3: Names = {
     "attention.output": ("self_attn.o_proj",),
     "mlp.dense": ("mlp.gate_up_proj:gate", "mlp.gate_up_proj:up", "mlp.down_proj"),
 }
+_STARCODER2: Names = {**_LLAMA, "mlp.dense": ("mlp.c_fc", "mlp.c_proj")}
+_OPT: Names = {**_LLAMA, "attention.output": ("self_attn.out_proj",), "mlp.dense": ("fc1", "fc2")}
+_LIKE_LLAMA = (
+    *("llama", "qwen2", "qwen3", "mistral", "ministral", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
+    *("olmo", "olmo2", "olmo3", "stablelm", "cohere", "cohere2", "helium", "exaone4", "ernie4_5"),
+)
 FAMILIES: Mapping[str, Names] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
+    "starcoder2": _STARCODER2,
+    "opt": _OPT,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "phi": _PHI,
@@ -104,6 +114,7 @@ def resolve(model: nn.Module, target_modules: list[str] | str, exclude: Sequence
     targets: dict[int, Target] = {}
     for path, module in layers.items():
         if path in left:
+            _check_use(path)
             _check_weight(path, module)
             parts = () if "" in left[path] else tuple(part for part in part_rows(model, path) if part in left[path])
             targets.setdefault(id(module), Target(path, module, parts))
@@ -134,14 +145,20 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a linear adapter fits: ``nn.Linear`` or transformers' ``Conv1D``, called as a module."""
     # The out_proj of nn.MultiheadAttention has this class; its weight is used, but the module is never called.
     uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, nn.Linear | Conv1D) and not uncalled
+    # A mixture's router may be a linear layer that returns more than its product: the experts that it chose.
+    router = type(module).__name__.endswith("Router")
+    return isinstance(module, nn.Linear | Conv1D) and not uncalled and not router
 
 
 def _matches(model: nn.Module, layers: dict[str, nn.Module], name: str) -> list[tuple[str, str]]:
     """(path, part) of each layer that one name means; part is "" for the whole layer."""
     if name in ("all", "all-linear"):
         head = _layer(model, "get_output_embeddings")
-        return [(path, "") for path, module in layers.items() if is_linear(module) and module is not head]
+        return [
+            (path, "")
+            for path, module in layers.items()
+            if is_linear(module) and module is not head and not _ends(path, UNCALLED)
+        ]
     if name == "embeddings":
         embeddings = _layer(model, "get_input_embeddings")
         if embeddings is not None:
@@ -191,6 +208,14 @@ def _layer(model: nn.Module, getter: str) -> nn.Module | None:
     get = getattr(model, getter, None)
     layer = get() if get else None
     return None if layer is None else next(named_layers(layer))[1]
+
+
+def _check_use(path: str) -> None:
+    if _ends(path, UNCALLED):
+        raise ConfigError(
+            f"target_modules: '{path}' is never called, its weight is used directly, and an adapter would have no "
+            "effect: leave it out"
+        )
 
 
 def _check_weight(path: str, module: nn.Module) -> None:

@@ -31,6 +31,22 @@ CONFIGS = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if "key_value" not in k}),
     "phi": lambda: transformers.PhiConfig(**SHAPE),
     "phi3": lambda: transformers.Phi3Config(**SHAPE),
+    "smollm3": lambda: transformers.SmolLM3Config(**SHAPE),
+    "granite": lambda: transformers.GraniteConfig(**SHAPE),
+    "olmo": lambda: transformers.OlmoConfig(**SHAPE),
+    "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
+    "olmo3": lambda: transformers.Olmo3Config(**SHAPE),
+    "stablelm": lambda: transformers.StableLmConfig(**SHAPE),
+    "cohere": lambda: transformers.CohereConfig(**SHAPE),
+    "cohere2": lambda: transformers.Cohere2Config(**SHAPE, head_dim=4),
+    "helium": lambda: transformers.HeliumConfig(**SHAPE, head_dim=4),
+    "exaone4": lambda: transformers.Exaone4Config(**SHAPE),
+    "ministral": lambda: transformers.MinistralConfig(**SHAPE, head_dim=4),
+    "ernie4_5": lambda: transformers.Ernie4_5Config(**SHAPE, head_dim=4),
+    "starcoder2": lambda: transformers.Starcoder2Config(**SHAPE),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=19, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=16
+    ),
 }
 
 Q, K, V = ("attention.query", "attention.key", "attention.value")
@@ -44,7 +60,27 @@ LLAMA = {
 # For each name the layers that it means, as "layer" or "layer:part", written down from the modules' sources.
 EXPECTED = {
     **dict.fromkeys(
-        ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"], ("model.layers.0", LLAMA)
+        [
+            *(
+                "llama",
+                "qwen2",
+                "qwen3",
+                "mistral",
+                "ministral",
+                "gemma",
+                "gemma2",
+                "gemma3_text",
+                "smollm3",
+                "granite",
+            ),
+            *("olmo", "olmo2", "olmo3", "stablelm", "cohere", "cohere2", "helium", "exaone4", "ernie4_5"),
+        ],
+        ("model.layers.0", LLAMA),
+    ),
+    "starcoder2": ("model.layers.0", {**LLAMA, "mlp.dense": ["mlp.c_fc", "mlp.c_proj"]}),
+    "opt": (
+        "model.decoder.layers.0",
+        {**LLAMA, "attention.output": ["self_attn.out_proj"], "mlp.dense": ["fc1", "fc2"]},
     ),
     "gpt2": (
         "transformer.h.0",
@@ -255,3 +291,21 @@ def test_grouped_attention_has_fewer_rows_of_key_and_value() -> None:
     rows = part_rows(model, "model.layers.0.self_attn.qkv_proj")
     assert [len(rows[part]) for part in ("query", "key", "value")] == [16, 8, 8]
     assert part_rows(model, "model.layers.0.self_attn.o_proj") == {}
+
+
+def test_a_layer_whose_weight_is_used_without_calling_it_is_left_out_and_refused_by_name():
+    shape = {"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(**shape))
+    leaves = {target.path.rpartition(".")[2] for target in resolve(model, "all")}
+    assert leaves == {"in_proj", "x_proj", "out_proj"}
+    with pytest.raises(ConfigError, match="dt_proj' is never called"):
+        resolve(model, "dt_proj")
+
+
+def test_a_router_that_returns_its_choice_of_experts_is_no_linear_layer():
+    experts = {"num_local_experts": 2, "intermediate_size_mlp": 24, "head_dim": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Llama4TextConfig(**SHAPE, **experts))
+    paths = [target.path for target in resolve(model, "all")]
+    assert any(name.endswith("router") for name, _ in model.named_modules())
+    assert any(path.endswith("q_proj") for path in paths)
+    assert not any(path.endswith("router") for path in paths)
