@@ -77,7 +77,7 @@ def main_shape(rows: list[Row]) -> str:
 def text_of(row: Row, column: str | None = None) -> str:
     """The text of a row of plain text: the row itself, or its ``column`` (default: ``text`` or ``content``)."""
     if isinstance(row.value, str):
-        text = row.value
+        text = _encodable(row.value)
     else:
         names = TEXT_COLUMNS if column is None else (column,)
         name = next((name for name in names if name in row.value), None)
@@ -199,7 +199,7 @@ def _message(number: int, turn: Any) -> Message:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise RowError(f"turn {number} ({role}) has no text as its content")
-    return {"role": ROLES[name], "content": content}
+    return {"role": ROLES[name], "content": _encodable(content)}
 
 
 def _answer(value: dict[str, Any], column: str) -> str:
@@ -218,7 +218,17 @@ def _string(value: dict[str, Any], column: str, optional: bool = False) -> str:
         return ""
     if not isinstance(found, str):
         raise RowError(f"column '{column}' is not a text but {type(found).__name__}")
-    return found
+    return _encodable(found)
+
+
+def _encodable(text: str) -> str:
+    """The text itself. JSON's escapes can spell half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise RowError(f"{half} at character {error.start} is half a surrogate pair, no character") from None
+    return text
 
 
 def _either(names: Any, word: str = "or") -> str:

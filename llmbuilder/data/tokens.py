@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .examples import (
     IGNORED,
@@ -91,19 +92,28 @@ class TokenDataset:
 def _arrays(row: Value) -> tuple[Ids, Marks]:
     if isinstance(row, str) or "input_ids" not in row:
         raise ValueError("no input_ids")
-    ids = np.asarray(row["input_ids"], np.int32)
-    labels = np.asarray(row.get("labels", ids), np.int32)
+    ids = _integers(row, "input_ids")
+    labels = _integers(row, "labels") if "labels" in row else ids
     if ids.ndim != 1 or labels.shape != ids.shape:
         raise ValueError(
             f"input_ids and labels must be of one dimension and equally long, got {ids.shape}, {labels.shape}"
         )
+    if len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
+        raise ValueError(f"ids from {ids.min()} to {ids.max()}, where a vocabulary's lie in [0, 2^31)")
     marks = labels != IGNORED
     if (labels != ids)[marks].any():
         raise ValueError("a label is neither its token nor -100; labels are not shifted here")
     if "attention_mask" in row:
         real = np.asarray(row["attention_mask"]) != 0
         ids, marks = ids[real], marks[real]
-    return ids, marks
+    return ids.astype(np.int32), marks
+
+
+def _integers(row: dict[str, Any], column: str) -> NDArray[Any]:
+    values = np.asarray(row[column])
+    if values.size and values.dtype.kind not in "iu":
+        raise ValueError(f"{column} are no integers")
+    return values
 
 
 def _prompt_length(marks: Marks) -> int:

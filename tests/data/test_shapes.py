@@ -64,6 +64,13 @@ def test_text_columns():
         text_of(Row("here", {"text": ""}))
 
 
+@pytest.mark.parametrize("value", ["a \ud83d", {"text": "a \ud83d"}])
+def test_half_a_character_is_no_text(value):
+    with pytest.raises(RowError, match=r"\\ud83d at character 2 is half a surrogate pair"):
+        text_of(Row("here", value))
+    assert text_of(Row("here", "\U0001f600")) == "\U0001f600"
+
+
 def test_openai_and_sharegpt_messages():
     expected = [
         {"role": "system", "content": "s"},
@@ -87,6 +94,7 @@ def test_openai_and_sharegpt_messages():
         (["hi"], "turn 1 is not an object"),
         ([{"role": "user", "content": "x"}, {"role": "bot9", "content": "x"}], "turn 2 has the unknown role 'bot9'"),
         ([{"role": ["user"], "content": "x"}], "turn 1 has the unknown role"),
+        ([{"role": "user", "content": "a \ud83d"}], r"\\ud83d at character 2 is half a surrogate pair"),
         ([{"role": "assistant", "content": None}], r"turn 1 \(assistant\) has no text"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"turn 1 \(user\) has no text"),
     ],
@@ -152,6 +160,7 @@ def test_an_empty_turn_is_a_complaint_as_the_next_speaker_is_unknown():
         ({"question": ["q"], "answer": "a"}, "column 'question' is not a text but list"),
         ({"question": "q", "answers": {"text": []}}, "column 'answers' is not a text but list"),
         ({"prompt": "p", "completion": None}, "column 'completion' is not a text but NoneType"),
+        ({"prompt": "p", "completion": "\udc00"}, r"\\udc00 at character 0 is half a surrogate pair"),
         ({"label": 1}, "neither messages, conversations nor a pair of columns .*; it has 'label'"),
         ("text", "plain text, where a request and a response are expected"),
     ],

@@ -42,7 +42,12 @@ def test_truncation_and_lost_targets_are_counted(tokenizer, config):
         ({"input_ids": [[1, 2]]}, "of one dimension"),
         ({"input_ids": [1, 2], "labels": [1]}, "equally long"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels are not shifted here"),
-        ({"input_ids": ["a"]}, "invalid literal"),
+        ({"input_ids": ["a"]}, "input_ids are no integers"),
+        ({"input_ids": [1.5, 2]}, "input_ids are no integers"),
+        ({"input_ids": [1, 2], "labels": [1.0, 2.0]}, "labels are no integers"),
+        ({"input_ids": None}, "input_ids are no integers"),
+        ({"input_ids": [1, 2**40]}, "ids from 1 to 1099511627776"),
+        ({"input_ids": [1, -5]}, "ids from -5 to 1"),
     ],
 )
 def test_malformed_rows_are_named(tokenizer, config, row, complaint):
