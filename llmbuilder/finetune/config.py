@@ -301,6 +301,13 @@ class FineTuningConfig(BaseModel):
             raise ValueError("should name at least one module")
         return "all" if targets in ("all-linear", ["all-linear"], ["all"]) else targets
 
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _no_nameless_folder(cls, path: Any) -> Any:
+        if path == "":  # Path("") is the folder that one stands in
+            raise ValueError("should name a folder")
+        return path
+
     @field_validator("*", mode="before")
     @classmethod
     def _bool_is_no_number(cls, value: Any, info: Any) -> Any:

@@ -86,6 +86,11 @@ def test_a_bad_value_is_refused_with_its_name_and_what_was_given(name, bad):
     assert name in text and repr(bad) in text and "should" in text and "\n" not in text
 
 
+def test_an_empty_output_dir_is_not_the_folder_one_stands_in():
+    with pytest.raises(ConfigError, match="output_dir='' should name a folder"):
+        FineTuningConfig(output_dir="")
+
+
 def test_every_bad_value_is_named_at_once():
     text = refusal(num_epochs=0, batch_size="many")
     assert "num_epochs=0" in text and "batch_size='many'" in text
