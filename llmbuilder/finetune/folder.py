@@ -1,11 +1,13 @@
 """The folder of a run: what lies in it, and when a run may write there."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import LLMBuilderError
 from .files import remove, write_text
+from .results import Results
 
 CONTENT = ("adapter", "model", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "results.json", "loss.png")
 
@@ -29,12 +31,23 @@ class RunFolder:
                 f"output_dir {path} holds a run already ({', '.join(held)}): "
                 "go on with it by resume, replace it by overwrite, or give another folder"
             )
+        if held and overwrite and not (path / "config.yaml").exists():
+            raise LLMBuilderError(
+                f"output_dir {path} holds {', '.join(held)}, and no config.yaml that a run would have written: "
+                "it may be someone's work; give another folder"
+            )
 
     def begin(self, config_yaml: str) -> None:
         """Make the folder that of a new run: what an earlier one left there goes."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LLMBuilderError(
+                f"output_dir {self.path}: cannot be made ({error.strerror}); give another folder"
+            ) from error
         for name in CONTENT:
-            remove(self.path / name)
+            if name != "config.yaml":  # it marks a run's folder until the new one takes its place
+                remove(self.path / name)
         write_text(self.path / "config.yaml", config_yaml)
 
     def save_results(self, values: dict[str, Any]) -> None:
@@ -42,8 +55,12 @@ class RunFolder:
         write_text(self.path / "results.json", json.dumps(values, indent=1) + "\n")
 
     def results(self) -> dict[str, Any] | None:
-        """What results.json holds; None while the run is not over, or where the file is damaged."""
+        """What results.json holds; None while the run is not over, or where that file or what was trained is lost."""
         try:
-            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            values = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+        needed = {entry.name for entry in fields(Results)} - {"history"}
+        whole = isinstance(values, dict) and needed <= values.keys()
+        exported = (self.path / "adapter").is_dir() or (self.path / "model").is_dir()
+        return values if whole and exported else None

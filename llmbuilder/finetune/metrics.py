@@ -70,7 +70,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path, steps: int) -> list[Row]:
-    """The rows of the first ``steps`` steps; a last line that a crash cut short counts for nothing."""
+    """The rows of the first ``steps`` steps; from a line on that is none, cut short by a crash say, nothing counts."""
     rows: list[Row] = []
     if steps == 0 or not path.exists():
         return rows
@@ -78,6 +78,8 @@ def read_rows(path: Path, steps: int) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError:
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             break
         if row["step"] <= steps:
             rows.append(row)

@@ -1,11 +1,13 @@
 """Whose folder it is."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from llmbuilder.errors import LLMBuilderError
 from llmbuilder.finetune.folder import CONTENT, RunFolder
+from llmbuilder.finetune.results import Results
 
 
 @pytest.mark.parametrize("name", CONTENT)
@@ -29,16 +31,35 @@ def test_beginning_replaces_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
 
 
+def test_overwriting_spares_what_no_run_has_written(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "theirs").touch()
+    with pytest.raises(LLMBuilderError, match=r"holds model, and no config\.yaml .* give another folder"):
+        RunFolder(tmp_path, resume=False, overwrite=True)
+    assert (tmp_path / "model" / "theirs").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = RunFolder(tmp_path / "file" / "run", resume=False, overwrite=False)
+    with pytest.raises(LLMBuilderError, match=r"run: cannot be made \(Not a directory\); give another folder"):
+        folder.begin("seed: 3\n")
+
+
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(LLMBuilderError, match="is a file"):
         RunFolder(tmp_path / "run", resume=False, overwrite=True)
 
 
-def test_results_are_read_back_and_damaged_ones_count_for_nothing(tmp_path: Path) -> None:
+def test_results_count_where_they_are_whole_and_what_was_trained_is_there(tmp_path: Path) -> None:
+    values = Results(1.5, 1.2, 20.0, timedelta(seconds=3), "validation", 4, 4, []).to_dict()
     folder = RunFolder(tmp_path, resume=False, overwrite=False)
     assert folder.results() is None
-    folder.save_results({"base_perplexity": 1.5})
-    assert folder.results() == {"base_perplexity": 1.5}
-    (tmp_path / "results.json").write_text('{"base')
-    assert folder.results() is None
+    folder.save_results(values)
+    assert folder.results() is None  # a run that was over has an adapter or a model
+    (tmp_path / "adapter").mkdir()
+    assert folder.results() == values
+    for damaged in ('{"base', "[]", "{}", '{"base_perplexity": 1.5}'):
+        (tmp_path / "results.json").write_text(damaged)
+        assert folder.results() is None

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from llmbuilder.finetune.metrics import MetricsLog, draw_loss
+from llmbuilder.finetune.metrics import MetricsLog, draw_loss, read_rows
 
 
 def row(step: int, **more: float) -> dict[str, Any]:
@@ -62,6 +62,13 @@ def test_opening_cuts_back_to_the_steps_that_are_done_in_both_places(tmp_path: P
     assert lines(tmp_path) == wanted == again.rows
     assert [step for step, _ in events(tmp_path)["loss"]] == [1, 2, 3, 4]
     assert events(tmp_path)["eval_loss"] == [(4, 9.0)]
+
+
+@pytest.mark.parametrize("foreign", ["null", "5", '{"loss": 1.0}', '{"step": "x"}'])
+def test_rows_end_where_a_line_is_none(tmp_path: Path, foreign: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{foreign}\n{{"step": 2}}\n')
+    assert read_rows(path, 2) == [{"step": 1}]
 
 
 def test_a_new_run_starts_empty(tmp_path: Path) -> None:
