@@ -23,13 +23,6 @@ VARIABLE = "LLMBUILDER_BACKEND"
 
 
 @dataclass(frozen=True)
-class Backend:
-    """``unfit(device, dtype)`` says why it serves no such tensor, or nothing when it does."""
-
-    unfit: Callable[[str, torch.dtype], str]
-
-
-@dataclass(frozen=True)
 class Served:
     """One row of ``explain``: who serves the operator (None: the forced one can't), and why the others do not."""
 
@@ -58,12 +51,12 @@ def _cpu_unfit(device: str, dtype: torch.dtype) -> str:
     return "" if _native.serves(dtype) else f"no kernels for {_short(dtype)}"
 
 
-# In the order of preference.
-BACKENDS = {
-    "cuda": Backend(_cuda_unfit),
-    "cpu": Backend(_cpu_unfit),
-    "triton": Backend(_triton_unfit),
-    "reference": Backend(lambda device, dtype: ""),
+# In the order of preference; the function says why a backend serves no such tensor, and nothing when it does.
+BACKENDS: dict[str, Callable[[str, torch.dtype], str]] = {
+    "cuda": _cuda_unfit,
+    "cpu": _cpu_unfit,
+    "triton": _triton_unfit,
+    "reference": lambda device, dtype: "",
 }
 OPERATORS = {
     "dropout": {"cpu": "ops._cpu", "triton": "kernels.dropout", "reference": "ops.reference"},
@@ -118,7 +111,7 @@ def _forced(variable: str | None) -> str | None:
 
 
 def _why_not(operator: str, backend: str, device: str, dtype: torch.dtype) -> str:
-    if why := BACKENDS[backend].unfit(device, dtype):
+    if why := BACKENDS[backend](device, dtype):
         return why
     return "" if backend in OPERATORS[operator] else f"it has no {operator}"
 

@@ -83,7 +83,7 @@ def test_a_new_backend_is_one_column_and_no_change_of_a_caller(monkeypatch):
         served.append((device, dtype))
         return ""
 
-    monkeypatch.setattr(_backend, "BACKENDS", {"new": _backend.Backend(unfit), **_backend.BACKENDS})
+    monkeypatch.setattr(_backend, "BACKENDS", {"new": unfit, **_backend.BACKENDS})
     monkeypatch.setitem(_backend.OPERATORS, "dropout", {"new": "ops.reference", **_backend.OPERATORS["dropout"]})
     _backend._choose.cache_clear()
     try:
