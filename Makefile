@@ -7,7 +7,7 @@ MODEL  ?= smollm2
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc llmbuilder kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint mutations bench clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo --model $(MODEL)
 
@@ -17,6 +17,10 @@ test: $(VENV)/.installed
 lint: $(VENV)/.developer
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.inc' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+# Seeds bugs into the CPU kernels; each must be caught by a test.
+mutations: $(VENV)/.developer
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutations/cpu.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
