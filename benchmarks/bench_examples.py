@@ -16,7 +16,7 @@ import time
 from harness import environment, malloc_mode, median_ratio, write
 
 DEMO = pathlib.Path(__file__).resolve().parents[1] / "examples" / "demo"
-ROUNDS, STEPS, WARMUP = 3, 24, 4
+ROUNDS, STEPS, WARMUP = 2, 16, 4
 LIMIT = 2e-2  # losses of the first steps, absolute, in bf16
 
 
