@@ -110,7 +110,8 @@ def worker(name, dropout):
 
     for _ in sys.stdin:
         task = smollm2.prepare()
-        task.settings |= {"lora_dropout": dropout, "max_steps": STEPS}
+        # a constant rate: the two count the steps of a warm-up from one and from zero
+        task.settings |= {"lora_dropout": dropout, "max_steps": STEPS, "warmup_steps": 0, "scheduler": "constant"}
         config = task.config()
         print("\n" + json.dumps({"rows": COMPETITORS[name](task, config), "batch": config.batch_size}), flush=True)
 

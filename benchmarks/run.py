@@ -13,7 +13,7 @@ README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
 
 
-def find(name, **wanted):
+def find(name, /, **wanted):
     """The one row of results/<name>.csv with these values, or None."""
     rows = [row for row in read(name) if all(row[k] == v for k, v in wanted.items())]
     return rows[0] if rows else None
@@ -69,7 +69,7 @@ def lines():
     )
 
 
-def ratio(name, column, floor, **wanted):
+def ratio(name, column, floor, /, **wanted):
     row = find(name, **wanted)
     value = row and float(row[column])
     return row and (f"{value:.1f}×" if value >= 10 else f"{value:.2f}×", value >= floor)
