@@ -19,7 +19,7 @@ from llmbuilder.cli import COMMANDS, main
 from llmbuilder.data import load_dataset
 from llmbuilder.finetune import FineTuner, FineTuningConfig
 from llmbuilder.finetune.settings import rows
-from llmbuilder.models import GPT, GPTConfig, byte_tokenizer, generate
+from llmbuilder.models import GPT, GPTConfig, byte_tokenizer, end_ids, generate
 from llmbuilder.nn import load_adapter
 
 TEXT = "The cat sat on the mat. The dog sat on the log. " * 20
@@ -383,6 +383,15 @@ def test_generate_prints_the_continuation_and_nothing_else(home, run, capfd):
     load_adapter(model, run / "adapter")
     (tokens,) = generate(model, [model.tokenizer("The cat")["input_ids"]], 12)
     assert capfd.readouterr().out == model.tokenizer.decode(tokens) + "\n"
+
+
+def test_generate_makes_as_much_as_the_context_has_room_for(home, capfd):
+    model = lb.load_model(home / "model")
+    prompt = "The cat"
+    room = model.config.block_size - len(model.tokenizer(prompt)["input_ids"])
+    assert main(["generate", "--model", f"{home}/model", "--prompt", prompt]) == 0
+    (tokens,) = generate(model, [model.tokenizer(prompt)["input_ids"]], room, stop_ids=end_ids(model))
+    assert room < 128 and capfd.readouterr().out == model.tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
 
 
 def test_generate_draws_by_its_seed(home, capfd):

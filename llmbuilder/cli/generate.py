@@ -11,7 +11,7 @@ def arguments(parser: ArgumentParser) -> None:
     """The model, the prompt, and how to continue it."""
     model_arguments(parser)
     parser.add_argument("--prompt", required=True, metavar="text", help="the text to continue")
-    sampling_arguments(parser)
+    sampling_arguments(parser, max_new_tokens=128)
 
 
 def run(args: Namespace) -> int:

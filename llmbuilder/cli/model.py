@@ -18,14 +18,14 @@ def model_arguments(parser: ArgumentParser, adapter_required: bool = False) -> N
     )
 
 
-def sampling_arguments(parser: ArgumentParser, max_new_tokens: int = 128) -> None:
-    """How much text a model shall make, and how it chooses."""
+def sampling_arguments(parser: ArgumentParser, max_new_tokens: int) -> None:
+    """How much text a model shall make (without the flag: as much of the default as there is room for), and how it
+    chooses."""
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=max_new_tokens,
         metavar="int",
-        help="most tokens to make (default: %(default)s)",
+        help=f"most tokens to make (default: {max_new_tokens}, or what the model's context leaves)",
     )
     parser.add_argument(
         "--temperature",
@@ -35,6 +35,7 @@ def sampling_arguments(parser: ArgumentParser, max_new_tokens: int = 128) -> Non
         help="0: the likeliest token; else drawn from softmax(logits / temperature) (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="int", help="of the draws (default: %(default)s)")
+    parser.set_defaults(usual_new_tokens=max_new_tokens)
 
 
 def open_model(args: Namespace) -> Any:
@@ -64,15 +65,19 @@ class Sampler:
         import torch
 
         self.model = model
-        self.max_new_tokens = args.max_new_tokens
+        self.asked_tokens: int | None = args.max_new_tokens
+        self.max_new_tokens: int = args.usual_new_tokens if self.asked_tokens is None else self.asked_tokens
         self.temperature = args.temperature
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def text(self, prompt: list[int], max_new_tokens: int | None = None) -> str:
         """What follows the prompt's tokens, up to an end of text."""
-        from ..models import end_ids, generate
+        from ..models import context_length, end_ids, generate
 
         most = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        limit = context_length(self.model)
+        if self.asked_tokens is None and limit is not None:
+            most = max(1, min(most, limit - len(prompt)))
         (tokens,) = generate(
             self.model, [prompt], most, self.temperature, stop_ids=end_ids(self.model), generator=self.generator
         )

@@ -89,7 +89,11 @@ class FineTuningConfig(BaseModel):
         False, "the embeddings (and a head tied to them) do not train", "bits of the weights", "finetune/test_tuner.py"
     )
     freeze_layers: int = _row(
-        0, "the lowest n blocks do not train and get no adapter", "bits of the weights", "finetune/test_tuner.py", ge=0
+        0,
+        "the lowest n blocks do not train (their adapters stay zero)",
+        "bits of the weights",
+        "finetune/test_tuner.py",
+        ge=0,
     )
     lora_rank: int | None = _row(
         None, "rank of the adapters (16 unless given)", "shapes of A and B", "finetune/test_tuner.py", ge=1

@@ -11,6 +11,8 @@ from .results import Results
 
 CONTENT = ("adapter", "model", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "results.json", "loss.png")
 
+MARK = "# The settings of a run of llmbuilder, as resolved.\n"
+
 
 class RunFolder:
     """A run's folder, by name of content: adapter/ (PEFT format) or model/, checkpoints/step-N/, metrics.jsonl,
@@ -31,11 +33,18 @@ class RunFolder:
                 f"output_dir {path} holds a run already ({', '.join(held)}): "
                 "go on with it by resume, replace it by overwrite, or give another folder"
             )
-        if held and overwrite and not (path / "config.yaml").exists():
+        if held and overwrite and not self._is_marked():
             raise LLMBuilderError(
                 f"output_dir {path} holds {', '.join(held)}, and no config.yaml that a run would have written: "
                 "it may be someone's work; give another folder"
             )
+
+    def _is_marked(self) -> bool:
+        """Whether the config.yaml there is a run's."""
+        try:
+            return (self.path / "config.yaml").read_bytes().startswith(MARK.encode())
+        except OSError:
+            return False
 
     def begin(self, config_yaml: str) -> None:
         """Make the folder that of a new run: what an earlier one left there goes."""
@@ -48,7 +57,7 @@ class RunFolder:
         for name in CONTENT:
             if name != "config.yaml":  # it marks a run's folder until the new one takes its place
                 remove(self.path / name)
-        write_text(self.path / "config.yaml", config_yaml)
+        write_text(self.path / "config.yaml", MARK + config_yaml)
 
     def save_results(self, values: dict[str, Any]) -> None:
         """results.json, the last file of a run: where it is, the run is over."""

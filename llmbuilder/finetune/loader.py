@@ -32,8 +32,9 @@ class Loader:
         """Tokenise a data set and see that the model can read it; returns a hash of its examples."""
         if hasattr(dataset, "bind"):
             dataset.bind(self.tokenizer, self.config)
+        table = self.model.get_input_embeddings()  # type: ignore[operator]
         with undisturbed():
-            return check_examples(dataset, context_length(self.model))
+            return check_examples(dataset, context_length(self.model), getattr(table, "num_embeddings", None))
 
     def batches(self, sources: Mapping[str, Sequence[Example]], plan: Sequence[list[Key]]) -> Iterator[Batch]:
         """The batches of ``plan``, on the CPU."""

@@ -34,14 +34,14 @@ def batched(items: Sequence[T], size: int) -> list[list[T]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def check_examples(dataset: Sequence[Example], context: int | None) -> str:
-    """See that a data set has examples and that each fits into the model's context.
+def check_examples(dataset: Sequence[Example], context: int | None, vocabulary: int | None = None) -> str:
+    """See that a data set has examples, that each fits into the model's context and every token into its vocabulary.
 
     Returns:
         A hash of all token ids and labels, by which a resumed run knows its data.
 
     Raises:
-        LLMBuilderError: no examples, or the longest is longer than ``context``.
+        LLMBuilderError: no examples, the longest is longer than ``context``, or a token is not below ``vocabulary``.
     """
     if not len(dataset):
         raise LLMBuilderError("the data set has no examples")
@@ -49,6 +49,12 @@ def check_examples(dataset: Sequence[Example], context: int | None) -> str:
     for index in range(len(dataset)):
         example = dataset[index]
         longest = max(longest, len(example["input_ids"]))
+        largest = max(example["input_ids"], default=0)
+        if vocabulary is not None and largest >= vocabulary:
+            raise LLMBuilderError(
+                f"example {index} holds the token {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+                "tokenise the data with the model's own tokenizer"
+            )
         digest.update(np.array([example["input_ids"], example["labels"]], dtype=np.int64).tobytes())
     if context is not None and longest > context:
         raise LLMBuilderError(

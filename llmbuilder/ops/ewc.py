@@ -49,15 +49,17 @@ def ewc_penalty_(
         params, anchors, fishers, strength: as for ``ewc_penalty``; all contiguous, and the gradients too.
 
     Returns:
-        The penalty's value. Differences and products are fp32 (fp64 for fp64), the sum fp64 in an order fixed by the
-        shapes: the same call gives the same bits.
+        The penalty's value. Differences and products are fp32 or better, the sum fp64 in an order fixed by the shapes:
+        the same call gives the same bits.
 
     Raises:
-        ValueError: as for ``ewc_penalty``, or a tensor that is not contiguous. No gradient is touched then.
+        ValueError: as for ``ewc_penalty``, a tensor that is not contiguous, or one given twice. No gradient is touched
+            then.
     """
     groups = {"anchors": anchors, **({} if fishers is None else {"fishers": fishers})}
     _check("ewc_penalty_", params, **groups)
     _check_contiguous("ewc_penalty_", params=params, **groups)
+    _check_distinct("ewc_penalty_", params)
     _check_contiguous("ewc_penalty_", **{"the gradients of params": [p.grad for p in params if p.grad is not None]})
     for param in params:
         if param.grad is None:
@@ -78,10 +80,11 @@ def ewc_accumulate_(fishers: Sequence[Tensor], grads: Sequence[Tensor], weight: 
         weight: factor of the square, for example one over the number of tokens.
 
     Raises:
-        ValueError: lists of unequal length, or a g unlike its F. No F is touched then.
+        ValueError: lists of unequal length, a g unlike its F, or an F given twice. No F is touched then.
     """
     _check("ewc_accumulate_", fishers, grads=grads)
     _check_contiguous("ewc_accumulate_", fishers=fishers, grads=grads)
+    _check_distinct("ewc_accumulate_", fishers)
     with torch.no_grad():
         for group in _by_dtype(fishers):
             serve = _backend.serve("ewc_accumulate_", fishers[group[0]])
@@ -113,6 +116,12 @@ def _check(operator: str, firsts: Sequence[Tensor], **groups: Sequence[Tensor]) 
 
 def _form(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
+
+
+def _check_distinct(operator: str, tensors: Sequence[Tensor]) -> None:
+    """Kernels write the tensors of a call side by side: one that stands there twice would be a race."""
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise ValueError(f"{operator}: the same tensor stands twice in the first list; name each once")
 
 
 def _check_contiguous(operator: str, **groups: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmbuilder.errors import LLMBuilderError
-from llmbuilder.finetune.folder import CONTENT, RunFolder
+from llmbuilder.finetune.folder import CONTENT, MARK, RunFolder
 from llmbuilder.finetune.results import Results
 
 
@@ -24,17 +24,25 @@ def test_beginning_replaces_the_run_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "inside").touch()
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.yaml" / "inside").unlink()
+    (tmp_path / "config.yaml").rmdir()
+    (tmp_path / "config.yaml").write_text(MARK + "seed: 2\n")
     folder = RunFolder(tmp_path, resume=False, overwrite=True)
-    assert all((tmp_path / name / "inside").exists() for name in CONTENT)  # not before training begins
+    kept = [name for name in CONTENT if name != "config.yaml"]
+    assert all((tmp_path / name / "inside").exists() for name in kept)  # not before training begins
     folder.begin("seed: 3\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
-    assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
+    assert (tmp_path / "config.yaml").read_text() == MARK + "seed: 3\n"
 
 
 def test_overwriting_spares_what_no_run_has_written(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "theirs").touch()
     with pytest.raises(LLMBuilderError, match=r"holds model, and no config\.yaml .* give another folder"):
+        RunFolder(tmp_path, resume=False, overwrite=True)
+    assert (tmp_path / "model" / "theirs").exists()
+    (tmp_path / "config.yaml").write_text("seed: 3\n")  # someone's, with the name that ours has
+    with pytest.raises(LLMBuilderError, match="that a run would have written"):
         RunFolder(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "model" / "theirs").exists()
 

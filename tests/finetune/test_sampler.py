@@ -100,6 +100,13 @@ def test_the_hash_sees_every_token_and_label() -> None:
     assert len(set(hashes)) == 4
 
 
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    data = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 61], "labels": [1, 61]}]
+    assert check_examples(data, 8, 62)
+    with pytest.raises(LLMBuilderError, match="example 1 holds the token 61, the model's vocabulary ends at 60"):
+        check_examples(data, 8, 61)
+
+
 def test_no_examples_and_too_long_ones_are_refused() -> None:
     with pytest.raises(LLMBuilderError, match="no examples"):
         check_examples([], 8)

@@ -211,6 +211,16 @@ def test_a_gradient_that_is_not_contiguous_is_refused():
         ewc_penalty_([param], [torch.ones(2, 3)], None, 1.0)
 
 
+def test_a_tensor_given_twice_is_refused():
+    param, fisher = torch.randn(3, requires_grad=True), torch.zeros(3)
+    with pytest.raises(ValueError, match="ewc_penalty_: the same tensor stands twice"):
+        ewc_penalty_([param, param], [torch.zeros(3)] * 2, None, 1.0)
+    assert param.grad is None
+    with pytest.raises(ValueError, match="ewc_accumulate_: the same tensor stands twice"):
+        ewc_accumulate_([fisher, fisher], [torch.ones(3)] * 2)
+    assert not fisher.any()
+
+
 def test_a_fisher_unlike_its_gradient_is_refused():
     with pytest.raises(ValueError, match=r"ewc_accumulate_: grads\[0\] must be torch.float32 of shape \[3\] on cpu"):
         ewc_accumulate_([torch.ones(3)], [torch.ones(3).bfloat16()])
