@@ -19,15 +19,23 @@ void for_each_block(i64 rows, i64 columns, int threads, Visit visit) {
       column += BLOCK;
       if (column >= columns) column = 0, row++;
     }
+    finish_stores();
   }
 }
 
-/// 64 columns, of which n are there.
-template <class T>
+/// 64 columns, of which n are there. PAST_CACHE: y is aligned to a cache line and written past the caches.
+template <bool PAST_CACHE, class T>
 inline void apply(const T* x, T* y, u64 bits, float scale, int n) {
   if (n >= 64) {
 #pragma GCC unroll 16
-    for (int v = 0; v < 64; v += LANES) store(y + v, keep(load(x + v), u32(bits >> v)) * scale);
+    for (int v = 0; v < 64; v += LANES) {
+      const V kept = keep(load(x + v), u32(bits >> v)) * scale;
+      if constexpr (PAST_CACHE) {
+        store_past_cache(y + v, kept);
+      } else {
+        store(y + v, kept);
+      }
+    }
   } else {
     for (int v = 0; v < n; v += LANES) {
       const int some = least(LANES, n - v);
@@ -36,7 +44,7 @@ inline void apply(const T* x, T* y, u64 bits, float scale, int n) {
   }
 }
 
-template <class T>
+template <bool PAST_CACHE, class T>
 void run(const T* x, T* y, i64 rows, i64 columns, Mask mask, int threads) {
   const float scale = mask.scale();
   for_each_block(rows, columns, threads, [=](i64 row, i64 column, int n) {
@@ -47,14 +55,30 @@ void run(const T* x, T* y, i64 rows, i64 columns, Mask mask, int threads) {
       // the rounds of the mask fill the processor's window: ask for the memory early
       for (int c = 0; c < BLOCK; c += 64 / (int)sizeof(T)) {
         __builtin_prefetch(from + 2048 + c, 0, 2);
-        __builtin_prefetch(to + 2048 + c, 1, 2);
+        if (!PAST_CACHE) __builtin_prefetch(to + 2048 + c, 1, 2);
       }
       mask.draw<4>(row, 0, column / 64, 1, bits);
     } else {
       for (int c = 0; c < n; c += 64) mask.draw<1>(row, 0, (column + c) / 64, 1, bits + c / 64);
     }
-    for (int c = 0; c < n; c += 64) apply(from + c, to + c, bits[c / 64], scale, n - c);
+    for (int c = 0; c < n; c += 64) apply<PAST_CACHE>(from + c, to + c, bits[c / 64], scale, n - c);
   });
+}
+
+/// A float tensor too large for the caches is not read into them only to be overwritten.
+void run(const float* x, float* y, i64 rows, i64 columns, Mask mask, int threads) {
+  constexpr i64 LARGE = i64(1) << 22;  // elements
+  const bool aligned = (size_t)y % 64 == 0 && columns % 16 == 0;
+  if (rows * columns >= LARGE && aligned) {
+    run<true>(x, y, rows, columns, mask, threads);
+  } else {
+    run<false>(x, y, rows, columns, mask, threads);
+  }
+}
+
+template <class T>
+void run(const T* x, T* y, i64 rows, i64 columns, Mask mask, int threads) {
+  run<false>(x, y, rows, columns, mask, threads);
 }
 
 }  // namespace

@@ -122,6 +122,20 @@ inline V load(const f16* p) {
 }
 
 inline void store(float* p, V v) { memcpy(p, &v, sizeof(v)); }
+/// For p aligned to 64 bytes: does not read the line into the caches first.
+inline void store_past_cache(float* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
+}
+/// Makes what was stored past the caches visible, as an ordinary store is.
+inline void finish_stores() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 inline void store(bf16* p, V v) {  // round to nearest even
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);

@@ -222,6 +222,21 @@ def test_dropout_rounds_once(isa, dtype, rows, columns, threshold, seed, stream)
     assert x.intact() and y.intact()
 
 
+@pytest.mark.parametrize("columns", [2048, 2050])
+def test_a_tensor_larger_than_the_caches_is_dropped_as_its_rows_are(isa, columns):
+    """Large aligned float tensors are written past the caches; each row's mask and rounding stay what they were."""
+    rows, key = 2**22 // columns + 3, torch.tensor(5)
+    x = torch.randn(rows, columns)
+    keep = _native.dropout_mask((rows, columns), 9000, key, 1)
+    y = _native.dropout(x, 9000, key, 1)
+    assert torch.equal(y, torch.where(keep, x * torch.tensor(65536 / (65536 - 9000)), 0.0))
+    beside = torch.empty(rows * columns + 1)[1:].view(rows, columns).copy_(x)  # not aligned: by ordinary stores
+    _native._C.dropout(
+        _native._DTYPES[x.dtype], beside.data_ptr(), beside.data_ptr(), rows, columns, key.data_ptr(), 1, 9000, 2
+    )
+    assert torch.equal(beside, y)
+
+
 def test_what_is_dropped_is_zero_even_where_it_was_not_finite(isa):
     x = torch.full((4, 100), math.inf)
     x[::2] = math.nan
