@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..data import split
 from ..errors import ConfigError, LLMBuilderError
-from ..methods import Batch, Freeze, Full, Key, LoRA, Methods, Run
+from ..methods import Batch, Key, Methods, Run
 from . import sampler
+from .assemble import make_methods
 from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpoint, save_checkpoint, split_states
 from .config import FineTuningConfig
 from .display import Display
@@ -378,15 +379,6 @@ class FineTuner:
     def _last_checkpoint(self) -> str:
         path = newest_checkpoint(self.folder.checkpoints) if self.folder else None
         return f"; the last checkpoint is {path}, and resume goes on from there" if path else ""
-
-
-def make_methods(config: FineTuningConfig) -> list[Any]:
-    """The methods that the settings ask for, in the order of their hooks."""
-    lora = config.lora()
-    methods: list[Any] = [Full(config.dropout_rate) if lora is None else LoRA(lora)]
-    if config.freeze_layers or config.freeze_embeddings:
-        methods.append(Freeze(config.freeze_layers, config.freeze_embeddings))
-    return methods
 
 
 @torch.no_grad()
