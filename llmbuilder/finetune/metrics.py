@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         kept = read_rows(path, steps)
+        if len(kept) < steps:
+            warnings.warn(
+                f"{path} holds {len(kept)} of {steps} steps done: the others' rows are lost", stacklevel=3
+            )
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         remove(folder / "tensorboard")
         from torch.utils.tensorboard import SummaryWriter

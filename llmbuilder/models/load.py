@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LLMBuilderError
+from ..errors import LLMBuilderError, nearest
 from .dtypes import parse_dtype
 from .gguf import from_gguf
 from .hugging_face import from_pretrained
@@ -57,9 +57,15 @@ def _read(path: str | os.PathLike[str], dtype: torch.dtype | None, device: torch
         return _read_file(place, dtype, device)
     if place.is_dir():
         return _read_folder(place, dtype, device)
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)) and not _misses_in_folder(place):
         return from_pretrained(str(path), dtype)
-    raise LLMBuilderError(f"there is no file or folder {place}")
+    siblings = [str(entry) for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+    raise LLMBuilderError(f"there is no file or folder {place}{nearest(str(place), siblings)}")
+
+
+def _misses_in_folder(place: Path) -> bool:
+    """Whether `folder/name` names a folder that is here: then it is a path with a wrong end, and no hub id."""
+    return len(place.parts) == 2 and place.parent.is_dir()
 
 
 def _read_file(path: Path, dtype: torch.dtype | None, device: torch.device) -> nn.Module:

@@ -71,6 +71,14 @@ def test_rows_end_where_a_line_is_none(tmp_path: Path, foreign: str) -> None:
     assert read_rows(path, 2) == [{"step": 1}]
 
 
+def test_rows_that_are_lost_are_missed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl holds 1 of 3 steps done"):
+        log = MetricsLog(tmp_path, 3)
+    log.close()
+    assert log.rows == [{"step": 1}]
+
+
 def test_a_new_run_starts_empty(tmp_path: Path) -> None:
     first = MetricsLog(tmp_path, 0)
     first.add(row(1))

@@ -240,6 +240,13 @@ def test_a_path_with_nothing_there_is_refused(name: str) -> None:
         load_model(name)
 
 
+def test_a_path_with_a_wrong_end_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    with pytest.raises(LLMBuilderError, match="no file or folder runs/dmo; did you mean 'runs/demo'"):
+        load_model("runs/dmo")
+
+
 @pytest.mark.usefixtures("offline")
 def test_a_hub_id_that_cannot_be_had_is_refused() -> None:
     with pytest.raises(
