@@ -9,7 +9,6 @@ from ptx.operands import elements, reader, register_raw, writer
 from ptx.values import RAW, TYPES, as_type, halves, narrowed, numbers, pair, size_of, to_tf32
 
 DECODERS = {}
-MASK_OF_SLICES = np.uint32(0xFFFF)
 
 
 def decodes(*opcodes):
@@ -58,7 +57,8 @@ def _quotient(x, y):
     y = np.where(y == 0, np.ones_like(y), y)
     if x.dtype.kind == "u":
         return x // y
-    return (np.abs(x) // np.abs(y) * np.sign(x) * np.sign(y)).astype(x.dtype)
+    down = x // y
+    return (down + ((down * y != x) & ((x < 0) != (y < 0)))).astype(x.dtype)  # towards zero
 
 
 def _remainder(x, y):

@@ -1,6 +1,6 @@
 """Types of PTX as numpy arrays over the 32 lanes of a warp.
 
-A register holds raw bits (an unsigned integer of its size, or a bool for a predicate); an instruction's type says how it
+A register holds raw bits (an unsigned integer of its size, or a bool for a predicate); an instruction says how it
 reads them. bfloat16, which numpy lacks, is read as its bits and converted by the operations that compute with it.
 """
 
