@@ -1,0 +1,78 @@
+"""Compiles csrc/cuda/*.cu with nvcc: once for each state of the sources, kept under build/codegen.
+
+One invocation makes the code of all architectures of a file. Flags are those of CMakeLists.txt's release build.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+PINNED = "13.0"  # the nvcc whose code the committed table describes
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
+KEPT = ROOT / "build/codegen"
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """nvcc's path, or None."""
+    candidates = [shutil.which("nvcc"), os.environ.get("CUDACXX"), "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
+@functools.cache
+def version() -> str:
+    done = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"release (\d+\.\d+)", done.stdout)[1]
+
+
+def sources(csrc: Path = ROOT / "csrc") -> list[Path]:
+    return sorted((csrc / "cuda").glob("*.cu"))
+
+
+def fatbin(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
+    """The file's code for every architecture."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    return _compiled(source, "fatbin", ("-fatbin", "--threads=2", *targets))
+
+
+def ptx(source: Path) -> str:
+    """The file's PTX for sm_80."""
+    return _compiled(source, "ptx", ("-ptx", "-arch=compute_80")).read_text()
+
+
+def all_fatbins() -> dict[str, Path]:
+    """Of every source by name, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((s.stem for s in sources()), pool.map(fatbin, sources()), strict=True))
+
+
+def _compiled(source: Path, kind: str, options: tuple[str, ...]) -> Path:
+    csrc = source.parents[1]
+    path = KEPT / f"{source.stem}-{_digest(csrc, source, options)}.{kind}"
+    if not path.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+            out = Path(folder) / path.name
+            command = [nvcc(), *FLAGS, *options, f"-I{csrc}", f"-I{csrc}/include", str(source), "-o", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr}")
+            out.rename(path)
+    return path
+
+
+def _digest(csrc: Path, source: Path, options: tuple[str, ...]) -> str:
+    """Of all that the result depends on: the source, every header, the compiler and its flags."""
+    known = hashlib.sha256(" ".join((version(), *FLAGS, *options)).encode())
+    headers = [*(csrc / "cuda").glob("*.h"), *(csrc / "include").rglob("*.h")]
+    for path in [source, *sorted(headers)]:
+        known.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
+    return known.hexdigest()[:16]
