@@ -1,0 +1,69 @@
+"""How every kernel is launched, and how those with a choice of tiles are tuned."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..errors import LLMBuilderError
+
+
+def launch(
+    kernel: Any, programs: int | Callable[[dict[str, Any]], int], on: Tensor, *arguments: Any, **meta: Any
+) -> None:
+    """Run so many programs on the device of ``on``; none is no error.
+
+    One axis only: a grid's second and third end at 65,535. Products and sums are fused (one rounding less) whatever
+    the environment says, since Triton's own default is about to change.
+    """
+    if programs == 0:
+        return
+
+    def grid(chosen: dict[str, Any]) -> tuple[int]:
+        return (programs(chosen) if callable(programs) else programs,)
+
+    with torch.cuda.device_of(on):
+        kernel[grid](*arguments, **meta, enable_fp_fusion=True)
+
+
+def tuned(configs: Sequence[triton.Config], key: list[str], restore: list[str] | None = None) -> Callable[..., Any]:
+    """Triton's autotuner: the fastest of ``configs`` for each value of ``key``, remembered on disk where it can be.
+
+    Configs differ in nothing that changes the order of a sum, so that the bits of a result do not depend on the choice.
+    Interpreted, the first config serves. ``restore`` names what the kernel changes in place.
+    """
+    known = inspect.signature(triton.autotune).parameters
+    remembered = {"cache_results": True} if "cache_results" in known else {}
+    return triton.autotune(
+        configs=list(configs[:1] if os.environ.get("TRITON_INTERPRET") == "1" else configs),
+        key=key,
+        prune_configs_by={"early_config_prune": _prune},
+        restore_value=restore,
+        **remembered,
+    )
+
+
+def size_class(rows: int) -> int:
+    """Rows to the next power of two: what tuning for a number of rows goes by."""
+    return triton.next_power_of_2(max(rows, 1))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are computed: exactly, unless torch's own setting for products allows tf32."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def _prune(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """All of them; this is where tuning begins, which runs and times kernels, and that can't be captured in a graph."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise LLMBuilderError(
+            "a Triton kernel meets this shape for the first time inside the capture of a CUDA graph, where it can't be "
+            "tuned; run the same step once before the capture"
+        )
+    return configs

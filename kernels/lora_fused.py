@@ -1,0 +1,97 @@
+"""The frozen product and its update in one kernel's accumulators, in Triton: forward, and the gradient of x.
+
+y = x Wᵀ + b + scaling S Bᵀ        dX = dY W + drop'(dS A)
+"""
+
+# mypy: disable-error-code=no-untyped-def
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import Config
+
+from . import mask
+from .launch import launch, precision, size_class, tuned
+from .mask import keep_tile
+from .tiles import load_tile, padded, store_tile
+
+RANK_STEP = 64  # of the rank, that a product takes in at a time
+GROUP = 8  # rows of tiles that are worked on together, so that W's tiles stay in the second cache
+
+
+@tuned(
+    [
+        Config({"ROWS": 64, "COLUMNS": 64, "INNER": 32}, num_warps=4, num_stages=3),
+        Config({"ROWS": 128, "COLUMNS": 128, "INNER": 32}, num_warps=8, num_stages=3),
+        Config({"ROWS": 128, "COLUMNS": 128, "INNER": 64}, num_warps=8, num_stages=3),
+        Config({"ROWS": 128, "COLUMNS": 256, "INNER": 64}, num_warps=8, num_stages=3),
+    ],
+    key=["N", "K", "r", "rows_class", "DROP"],
+)
+@triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])
+def fused_kernel(
+    y, x, W, bias, S, B, M, N, K, r, x_step, W_step, W_next, S_step, B_step, B_next, scaling, seed, stream, threshold,
+    rows_class, DROP: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y[M, N] a program: keep ∘ (scaling S Bᵀ) + bias, then x Wᵀ on top of it."""
+    program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    tile_m = group * GROUP + program % (GROUP * tiles_n) % height
+    tile_n = program % (GROUP * tiles_n) // height
+    rows = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tile_n.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, RANK, STEP):
+        ranks = first + tl.arange(0, STEP)
+        left = load_tile(S, S_step, rows, ranks, M, r)
+        at = B + columns[None, :] * B_step + ranks[:, None] * B_next
+        right = tl.load(at, (columns < N)[None, :] & (ranks < r)[:, None], other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    total *= scaling
+    if DROP:
+        first_column = tile_n.to(tl.int64) * COLUMNS
+        total = tl.where(keep_tile(tl.load(seed), rows, first_column, stream, threshold, ROWS, COLUMNS), total, 0.0)
+    if BIAS:
+        total += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
+    for first in range(0, K, INNER):
+        inner = first + tl.arange(0, INNER)
+        left = load_tile(x, x_step, rows, inner, M, K)
+        at = W + columns[None, :] * W_step + inner[:, None].to(tl.int64) * W_next
+        right = tl.load(at, (columns < N)[None, :] & (inner < K)[:, None], other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    store_tile(y, N, rows, columns, M, N, total)
+
+
+def lora_fused(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y[M, N] = x[M, K] W[N, K]ᵀ + bias[N] + scaling · S[M, r] B[N, r]ᵀ."""
+    return _fused(x, W, bias, S, B, scaling)
+
+
+def lora_fused_dx(dY: Tensor, W: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
+    """dX[M, K] = dY[M, N] W[N, K] + drop'(dS[M, r] A[r, K])."""
+    return _fused(dY, W.t(), None, dS, A.t(), mask.scale(threshold), threshold, seed, stream)
+
+
+def _fused(
+    x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float,
+    threshold: int = 0, seed: Tensor | None = None, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    """y = x Wᵀ + bias + keep ∘ (scaling · S Bᵀ); W and B with any two strides."""
+    (M, K), (N, r) = x.shape, B.shape
+    y = x.new_empty(M, N)
+    launch(
+        fused_kernel,
+        lambda chosen: triton.cdiv(M, chosen["ROWS"]) * triton.cdiv(N, chosen["COLUMNS"]),
+        x,
+        *(y, x, W, bias, S, B, M, N, K, r, x.stride(0), *W.stride(), S.stride(0), *B.stride(), scaling),
+        *(seed, stream, threshold, size_class(M)),
+        DROP=threshold > 0,
+        BIAS=bias is not None,
+        RANK=padded(r),
+        STEP=min(padded(r), RANK_STEP),
+        GROUP=GROUP,
+        PRECISION=precision(x.dtype),
+    )
+    return y
