@@ -3,6 +3,7 @@
 from .base import Batch, Example, Key, Method, Methods, Run
 from .freeze import Freeze
 from .full import Full
+from .general import General
 from .lora import LoRA
 
-__all__ = ["Batch", "Example", "Freeze", "Full", "Key", "LoRA", "Method", "Methods", "Run"]
+__all__ = ["Batch", "Example", "Freeze", "Full", "General", "Key", "LoRA", "Method", "Methods", "Run"]

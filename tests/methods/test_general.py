@@ -1,0 +1,132 @@
+"""General data: given, or made once by the base model."""
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmbuilder.errors import ConfigError, LLMBuilderError
+from llmbuilder.methods import General, Run
+from llmbuilder.models import GPT, GPTConfig, byte_tokenizer
+
+VOCABULARY = 31
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMBUILDER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def make_model(seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GPT(GPTConfig(vocab_size=vocabulary, n_layer=1, n_head=2, n_embd=16, block_size=24))
+
+
+def prepared(model: nn.Module, tokens: int = 500, seed: int = 0, **settings: Any) -> tuple[General, Run]:
+    method, run = General(tokens, **settings), Run(model, seed)
+    method.prepare(run)
+    return method, run
+
+
+def rows(run: Run) -> list[list[int]]:
+    assert run.general is not None
+    return [list(run.general[i]["input_ids"]) for i in range(len(run.general))]
+
+
+def test_text_is_the_models_own_and_its_cost_is_announced() -> None:
+    """A model that says after each token the next one: what it makes must be stretches of that circle."""
+    model = make_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.output.weight.zero_()
+            block.mlp.down.weight.zero_()
+        model.config.tie_word_embeddings = False
+        model.embedding.weight = nn.Parameter(torch.eye(VOCABULARY, 16).repeat(1, 1)[torch.arange(VOCABULARY) % 16])
+        model.head.weight = nn.Parameter(100 * torch.eye(16)[(torch.arange(VOCABULARY) - 1) % 16])
+        model.head.weight[16:] = -100
+    with pytest.warns(UserWarning, match=r"500 tokens of text are sampled from the base model itself.*about \d+ s"):
+        _, run = prepared(model)
+    texts = rows(run)
+    assert sum(map(len, texts)) <= 500 and sum(map(len, texts)) > 450
+    assert max(map(len, texts)) == 24
+    for text in texts:
+        assert all(after == (before + 1) % 16 for before, after in itertools.pairwise(text))
+    assert run.sources["general"] is run.general
+    assert run.general[0]["labels"] == run.general[0]["input_ids"]
+
+
+def test_it_is_made_once_for_a_model_and_a_seed_and_draws_from_nobodys_generator(cache: Path) -> None:
+    model, before = make_model(), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="sampled from the base model"):
+        _, first = prepared(model, label="medical")
+    assert [path.name.startswith("medical-") for path in cache.iterdir()] == [True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, again = prepared(make_model(), label="medical")
+    assert rows(again) == rows(first)
+    assert torch.equal(torch.get_rng_state(), before)
+    for other in ({"seed": 1}, {"tokens": 499}):
+        with pytest.warns(UserWarning, match="sampled from the base model"):
+            prepared(make_model(), **other)
+    with pytest.warns(UserWarning, match="sampled from the base model"):
+        _, different = prepared(make_model(seed=1))
+    assert rows(different) != rows(first)
+
+
+def test_a_damaged_file_is_made_again(cache: Path) -> None:
+    with pytest.warns(UserWarning, match="sampled"):
+        _, first = prepared(make_model())
+    (file,) = cache.iterdir()
+    file.write_bytes(b"rubbish")
+    with pytest.warns(UserWarning, match="sampled"):
+        _, again = prepared(make_model())
+    assert rows(again) == rows(first)
+
+
+def test_given_data_are_used_and_others_refused_on_resume() -> None:
+    given = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    method, run = General(), Run(make_model(), general=given)
+    method.prepare(run)
+    assert run.sources["general"] is given and not list(method.past())
+    other = General()
+    other.prepare(Run(make_model(), general=[{"input_ids": [1, 2, 4], "labels": [1, 2, 4]}]))
+    method.load_state(method.state())
+    with pytest.raises(ConfigError, match="other general data"):
+        other.load_state(method.state())
+
+
+@pytest.mark.filterwarnings("ignore:no general_dataset")
+def test_a_checkpoint_and_a_later_task_bring_the_first_base_models_text() -> None:
+    first, run = prepared(make_model())
+    for load in ("load_state", "load_past"):
+        second, later = prepared(make_model(seed=1))
+        assert rows(later) != rows(run)
+        getattr(second, load)(first.state() if load == "load_state" else first.past())
+        assert rows(later) == rows(run)
+
+
+@pytest.mark.filterwarnings("ignore:no general_dataset")
+def test_texts_end_where_the_model_ends_them_and_start_at_no_special_token() -> None:
+    model = make_model(vocabulary=300)
+    model.tokenizer = byte_tokenizer()
+    _, run = prepared(model, tokens=3000)
+    starts = {text[0] for text in rows(run)}
+    assert len(starts) > 20 and max(starts) < 256
+    assert not any(256 in text for text in rows(run))
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+        model.norm.weight.zero_()
+    model.tokenizer.eos_token = "!"
+    model.head = nn.Linear(16, 300)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(-100)
+        model.head.bias[ord("!")] = 100
+    with pytest.raises(LLMBuilderError, match="ends its texts before they begin: give a general_dataset"):
+        prepared(model, tokens=3000)
