@@ -43,11 +43,14 @@ class General:
         self.tokens = tokens
         self.label = label or "general"
         self._texts: Texts | None = None
+        """What a base model made, in this run or an earlier one."""
 
     def prepare(self, run: Run) -> None:
         if run.general is None:
-            self._texts = self._find(run)
+            self._texts = self._texts or self._find(run)
             run.general = self._texts
+        else:
+            self._texts = None
         run.sources[SOURCE] = run.general
         self._digest = digest(run.general)
 
@@ -63,13 +66,12 @@ class General:
             raise ConfigError("the checkpoint was made with other general data: resume with the data it had")
 
     def past(self) -> dict[str, Any]:
-        """The text that was made, for it tells what the first base model was."""
+        """The text that was made: it tells what the first base model was for."""
         return {name: value for name, value in self.state().items() if name != "digest"}
 
     def load_past(self, past: dict[str, Any]) -> None:
-        if self._texts is not None and "ids" in past:
-            self.load_state(past)
-            self._digest = digest(self._texts)
+        if "ids" in past:
+            self._texts = Texts(past["ids"], past["bounds"])
 
     def _find(self, run: Run) -> "Texts":
         path = cache_folder() / f"{self.label}-{self._key(run)}.safetensors"

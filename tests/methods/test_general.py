@@ -104,11 +104,17 @@ def test_given_data_are_used_and_others_refused_on_resume() -> None:
 @pytest.mark.filterwarnings("ignore:no general_dataset")
 def test_a_checkpoint_and_a_later_task_bring_the_first_base_models_text() -> None:
     first, run = prepared(make_model())
-    for load in ("load_state", "load_past"):
-        second, later = prepared(make_model(seed=1))
-        assert rows(later) != rows(run)
-        getattr(second, load)(first.state() if load == "load_state" else first.past())
-        assert rows(later) == rows(run)
+    resumed, later = prepared(make_model(seed=1))
+    assert rows(later) != rows(run)
+    resumed.load_state(first.state())
+    assert rows(later) == rows(run)
+
+    next_task, last = General(500), Run(make_model(seed=2))
+    next_task.load_past(first.past())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is sampled
+        next_task.prepare(last)
+    assert rows(last) == rows(run)
 
 
 @pytest.mark.filterwarnings("ignore:no general_dataset")
