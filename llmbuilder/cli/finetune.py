@@ -22,6 +22,11 @@ def arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", required=True, metavar="path", help="text, jsonl or parquet: a file or a folder")
     parser.add_argument("--val-dataset", metavar="path", help="validation data, like --dataset")
+    parser.add_argument("--general-dataset", metavar="path", help="what the model is for so far, like --dataset")
+    parser.add_argument("--base-val-dataset", metavar="path", help="what the model can do already, like --dataset")
+    parser.add_argument(
+        "--continue-from", metavar="folder", help="train on the model or adapter of this earlier run, in a next task"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
     add_settings(parser, rows().values())
@@ -42,10 +47,23 @@ def run(args: Namespace) -> int:
     keep_freed_memory()
     warn_of_slow_operators()
     dataset = load_dataset(args.dataset, config)
-    val_dataset = load_dataset(args.val_dataset, config) if args.val_dataset else None
+    val_dataset, general_dataset, base_val_dataset = (
+        load_dataset(path, config) if path else None
+        for path in (args.val_dataset, args.general_dataset, args.base_val_dataset)
+    )
     model = load_model(args.model)
-    tuner = FineTuner(model, dataset, val_dataset, config, resume=args.resume, overwrite=args.overwrite)
-    for data in (dataset, val_dataset):
+    tuner = FineTuner(
+        model,
+        dataset,
+        val_dataset,
+        config,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        general_dataset=general_dataset,
+        base_val_dataset=base_val_dataset,
+        continue_from=args.continue_from,
+    )
+    for data in (dataset, val_dataset, general_dataset, base_val_dataset):
         if data is not None:
             print(data.report)
     print(_summary(tuner.train()))

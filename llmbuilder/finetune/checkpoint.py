@@ -39,7 +39,11 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     Raises:
         LLMBuilderError: the disk is full or refuses; what was there before is untouched.
     """
-    path = folder / f"step-{step}"
+    return write_checkpoint(folder / f"step-{step}", checkpoint)
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint's folder: as ``save_checkpoint``, under any name."""
     with saving(path) as temporary:
         temporary.mkdir()
         for group, tensors in checkpoint.tensors.items():

@@ -149,10 +149,10 @@ LORA_SETTINGS = ("lora_config", "target_modules", *(f"lora_{field}" for field in
 
 # Known by name, so that a configuration that needs one is refused and not half obeyed.
 NOT_YET = (
-    *("adaptation_method", "domain", "domain_weight", "general_dataset", "preserve_general_knowledge"),
+    *("adaptation_method", "domain", "domain_weight", "preserve_general_knowledge"),
     *("style_adaptation", "preserve_factual_knowledge", "preserve_base_capabilities", "validation_on_base_tasks"),
     *("regularization_method", "regularization_strength", "continual_learning", "memory_buffer_size"),
-    *("replay_frequency", "fisher", "base_val_dataset"),
+    *("replay_frequency", "fisher"),
     *("progressive_unfreezing", "unfreeze_schedule", "learning_rate_schedule"),
     *("multi_task", "task_weights", "shared_encoder", "task_specific_heads"),
     *("special_tokens", "code_specific_loss", "syntax_aware_training"),

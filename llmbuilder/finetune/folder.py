@@ -9,14 +9,18 @@ from ..errors import LLMBuilderError
 from .files import remove, write_text
 from .results import Results
 
-CONTENT = ("adapter", "model", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "results.json", "loss.png")
+CONTENT = (
+    *("adapter", "model", "past", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "results.json"),
+    "loss.png",
+)
 
 MARK = "# The settings of a run of llmbuilder, as resolved.\n"
 
 
 class RunFolder:
-    """A run's folder, by name of content: adapter/ (PEFT format) or model/, checkpoints/step-N/, metrics.jsonl,
-    tensorboard/, config.yaml (as resolved), results.json, loss.png.
+    """A run's folder, by name of content: adapter/ (PEFT format) or model/, past/ (what a run that goes on from
+    this one needs to know), checkpoints/step-N/, metrics.jsonl, tensorboard/, config.yaml (as resolved), results.json,
+    loss.png.
 
     Raises:
         LLMBuilderError: it holds a run and neither ``resume`` nor ``overwrite`` says what to do with it.
@@ -25,6 +29,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.past = path / "past"
         if path.exists() and not path.is_dir():
             raise LLMBuilderError(f"output_dir {path} is a file; give a folder")
         held = [name for name in CONTENT if (path / name).exists()]

@@ -41,6 +41,7 @@ class Results:
         steps: optimizer steps done.
         best_step: whose weights are kept; the last one, unless early stopping restored better ones.
         history: metrics.jsonl as a list.
+        forgetting: with ``validation_on_base_tasks``, how much the loss on the base tasks has risen, in nats a token.
     """
 
     base_perplexity: float
@@ -51,6 +52,7 @@ class Results:
     steps: int
     best_step: int
     history: list[dict[str, Any]] = field(repr=False)
+    forgetting: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as in results.json: without the history, the time in seconds."""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from .judge import Judge
 from .loader import Loader
 from .metrics import MetricsLog, draw_loss
 from .optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_rate, trained_parameters
+from .past import Past, go_on
 from .placement import enable_checkpointing, place, use_bf16
 from .randomness import random_state, seed_all, set_random_state, undisturbed
 from .results import EvalResults, Results, perplexity
@@ -70,6 +72,12 @@ class FineTuner:
             Weights, losses and files come out as if the run had never stopped, bit for bit on the same machine with the
             same number of threads.
         overwrite: replace a run that is in ``config.output_dir``.
+        general_dataset: what the model is for so far, for methods that keep it; without it they sample text from the
+            model itself.
+        base_val_dataset: the tasks that the model can do already, to be judged before and after.
+        continue_from: an earlier run whose model this one trains on, in a next task: its folder (the weights or the
+            adapter there are loaded into ``model``), or its FineTuner, whose model ``model`` is then. Fisher
+            information, anchors and replay buffer come along. A resumed run needs it again.
 
     Raises:
         ConfigError: settings that contradict each other, or the model.
@@ -85,6 +93,9 @@ class FineTuner:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        general_dataset: Any = None,
+        base_val_dataset: Any = None,
+        continue_from: "FineTuner | str | os.PathLike[str] | None" = None,
     ) -> None:
         self.model = model
         self.config = config or FineTuningConfig()
@@ -94,11 +105,27 @@ class FineTuner:
         self.loader = Loader(model, self.config)
         train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
 
+        for given in (general_dataset, base_val_dataset):
+            if given is not None:
+                self.loader.bind(given)
+        self._past, self._task_ended = self._recall(continue_from), False
+
         self.device = place(model, self.config)
         self.methods = Methods(make_methods(self.config))
-        self.run = Run(model, self.config.seed, {"train": train})
+        self.run = Run(
+            model,
+            self.config.seed,
+            {"train": train},
+            general=general_dataset,
+            base_val=base_val_dataset,
+            continues=continue_from is not None,
+            batch_size=self.config.batch_size,
+            autocast=self._autocast,
+            loss=lambda dataset: self.judge.score(dataset).loss,
+        )
         with undisturbed():
             seed_all(self.config.seed)
+            self.methods.load_past(self._past.methods)
             self.methods.prepare(self.run)
         self.bf16 = use_bf16(model, self.config)
         self.trained = trained_parameters(model)
@@ -261,6 +288,8 @@ class FineTuner:
         if self.folder:
             self.folder.begin(self.config.to_yaml())
         self.progress.base_loss = self.judge.score(self.val_dataset).loss
+        with undisturbed():
+            self.methods.before_task(self.run)
 
     def _is_over(self) -> bool:
         patience = self.config.early_stopping_patience
@@ -271,11 +300,12 @@ class FineTuner:
         progress, early = self.progress, self.config.early_stopping_patience is not None
         if early:
             copy_weights(self._best, self.trained)
-        self.model.eval()
-        self.methods.after_task(self.run)
         saved = self.folder.results() if self.folder and self._resume else None
-        if saved is not None:
+        if self.folder is not None and saved is not None:
+            self._past = Past.load(self.folder.past)
+            self.methods.load_past(self._past.methods)
             return Results.from_dict(saved, rows)
+        self.end_task()
         base = perplexity(progress.base_loss)
         final = perplexity(progress.best_loss if early else progress.last_loss)
         results = Results(
@@ -287,12 +317,41 @@ class FineTuner:
             steps=progress.step,
             best_step=progress.best_step if early else progress.step,
             history=rows,
+            **self.methods.results(),
         )
         if self.folder:
             self.methods.export(self.model, self.folder.path)
             draw_loss(self.folder.path / "loss.png", rows)
             self.folder.save_results(results.to_dict())
         return results
+
+    # From task to task
+
+    def end_task(self, name: str = "") -> None:
+        """Let the methods look back on the task of the training data, with the model as it is, and count it as past.
+
+        ``train()`` does so at its end; then this gives the task its name and nothing else. Before ``train()`` it makes
+        a task of data that the model knows already: a FineTuner with ``continue_from=`` this one goes on from there.
+        """
+        if not self._task_ended:
+            self.model.eval()
+            with undisturbed():
+                self.methods.after_task(self.run)
+            self._past = Past([*self._past.tasks, {"name": "", "data": self._data}], self.methods.past())
+            self._task_ended = True
+        self._past.tasks[-1]["name"] = name or self._past.tasks[-1]["name"] or f"task {len(self._past.tasks)}"
+        if self.folder and self.folder.path.is_dir():
+            self._past.save(self.folder.past)
+
+    def _recall(self, source: "FineTuner | str | os.PathLike[str] | None") -> Past:
+        """Put the model where an earlier run left it, and return what that run knew."""
+        if source is None:
+            return Past()
+        if not isinstance(source, FineTuner):
+            return go_on(self.model, Path(source), self.config.use_lora)
+        if source.model is not self.model or not source._task_ended:
+            raise ConfigError("continue_from: give a FineTuner that has trained, and the model that it trained")
+        return source._past
 
     # Checkpoints
 
@@ -315,6 +374,7 @@ class FineTuner:
             "progress": dataclasses.asdict(self.progress),
             "config": self.config.resolved(),
             "data": self._data,
+            "tasks": self._past.tasks,
             "random": random_values,
             "methods": method_values,
         }
@@ -329,6 +389,8 @@ class FineTuner:
             raise ConfigError(f"{path} was made with other settings ({'; '.join(changes)}): resume with those it had")
         if values["data"] != self._data:
             raise ConfigError(f"{path} was made with other training data: resume with the data it had")
+        if values["tasks"] != self._past.tasks:
+            raise ConfigError(f"{path} was made after other tasks: resume with the continue_from it had")
         shapes = {name: weight.shape for name, weight in self.trained.items()}
         if shapes != {name: weight.shape for name, weight in tensors["trained"].items()}:
             raise ConfigError(f"{path} was made with another model: resume with the model it had")

@@ -2,8 +2,10 @@
 
 A method is an object with a ``name`` and those hooks of :class:`Method` that it needs. The loop calls them here:
 
+    load_past                   first of all, in a run that goes on from an earlier one
     prepare                     before the optimizer is made: change the model, choose what trains, add data sources
     load_state                  on resume, after prepare
+    before_task                 once, before the first step: look at the model as the task finds it (not on resume)
     batches                     before each epoch: which examples form each batch
     start_epoch                 before each epoch: what trains from here on
     for each optimizer step:
@@ -11,18 +13,23 @@ A method is an object with a ``name`` and those hooks of :class:`Method` that it
         penalty                 once a step, after the last backward and before clipping: adds to ``.grad`` itself
         after_step              once a step, after the optimizer
     state                       at each checkpoint
-    after_task                  once, after the last step
+    after_task                  once, after the last step: look back
+    past                        then: what a run that goes on from this one shall know
+    results                     then: what the method found out about the run
     export                      writes what was trained
 
 Several methods compose: each hook runs in the order in which the methods are given.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from ..data import collate
 
 Example = Mapping[str, list[int]]
 Key = tuple[str, int]
@@ -47,11 +54,28 @@ class Run:
         seed: of every random choice.
         sources: the data sets that batches draw from, by name. ``"train"`` is always there; the keys of
             ``Method.batches`` name the others.
+        general: what the base model is for, as given (``general_dataset=``); ``methods/general.py`` makes some if None.
+        base_val: the base tasks' validation data, as given (``base_val_dataset=``).
+        continues: whether the model comes from an earlier run, with the adapter that trains.
+        batch_size: examples in one forward pass.
+        autocast: the context that the model's forward pass runs in.
+        loss: cross-entropy a token over all of a data set, in evaluation mode; given by the tuner.
     """
 
     model: nn.Module
     seed: int = 0
     sources: dict[str, Sequence[Example]] = field(default_factory=dict)
+    general: Sequence[Example] | None = None
+    base_val: Sequence[Example] | None = None
+    continues: bool = False
+    batch_size: int = 8
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    loss: Callable[[Sequence[Example]], float] | None = None
+
+    def tensors(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A padded batch, a row for each example, where the model is."""
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in collate(examples).items()}
 
 
 class Method(Protocol):
@@ -94,8 +118,20 @@ class Method(Protocol):
     def after_step(self, step: int) -> None:
         """``step`` optimizer steps are done, this one included."""
 
+    def before_task(self, run: Run) -> None:
+        """The model is as the task finds it, on its device, in evaluation mode, adapters in place; not on resume."""
+
     def after_task(self, run: Run) -> None:
         """The last step is done and the best weights, where kept, are in place: look back on the task."""
+
+    def past(self) -> dict[str, Any]:
+        """What a run that goes on from this one shall know, in the form of ``state``."""
+
+    def load_past(self, past: dict[str, Any]) -> None:
+        """Take what ``past`` returned in the earlier run; ``prepare`` comes after it."""
+
+    def results(self) -> dict[str, Any]:
+        """Fields of ``finetune.Results`` that this method fills."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, beyond the trained parameters: tensors, or values that JSON can hold, by name."""
@@ -152,9 +188,25 @@ class Methods:
         for hook in self._hooks("after_step"):
             hook(step)
 
+    def before_task(self, run: Run) -> None:
+        for hook in self._hooks("before_task"):
+            hook(run)
+
     def after_task(self, run: Run) -> None:
         for hook in self._hooks("after_task"):
             hook(run)
+
+    def past(self) -> dict[str, dict[str, Any]]:
+        return {method.name: method.past() for method in self._methods if hasattr(method, "past")}
+
+    def load_past(self, pasts: dict[str, dict[str, Any]]) -> None:
+        """Methods that the earlier run did not have start anew."""
+        for method in self._methods:
+            if hasattr(method, "load_past") and method.name in pasts:
+                method.load_past(pasts[method.name])
+
+    def results(self) -> dict[str, Any]:
+        return {name: value for hook in self._hooks("results") for name, value in hook().items()}
 
     def state(self) -> dict[str, dict[str, Any]]:
         return {method.name: method.state() for method in self._methods if hasattr(method, "state")}

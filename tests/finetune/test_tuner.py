@@ -633,7 +633,8 @@ def test_a_run_leaves_what_its_folder_should_hold(
     config = make_config(output_dir=tmp_path / "run", save_every=2, num_epochs=1)
     results = FineTuner(model, make_examples(12), make_examples(4, seed=1), config).train()
     folder = tmp_path / "run"
-    content = ["checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "model", "results.json", "tensorboard"]
+    content = ["checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "model", "past", "results.json"]
+    content.append("tensorboard")
     assert sorted(path.name for path in folder.iterdir()) == content
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-3"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,65 @@
+"""What a run knows of those before it: the earlier tasks, and what the methods keep of them (``continue_from``).
+
+past/   methods.safetensors   tensors by "<method>/<name>": Fisher information, anchors …
+        state.json            the methods' other values, and the tasks so far
+        manifest.json         {file name: sha256}
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, LLMBuilderError
+from ..models import load_model
+from ..nn import list_adapters, load_adapter
+from .checkpoint import Checkpoint, find_fault, join_states, load_checkpoint, split_states, write_checkpoint
+
+
+@dataclass
+class Past:
+    """The tasks that a model has learnt, in order, each with its name and a hash of its training data; and the methods'
+    ``past()``, by method."""
+
+    tasks: list[dict[str, str]] = field(default_factory=list)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write it as a folder, whole or not at all. Raises LLMBuilderError where the disk refuses."""
+        tensors, values = split_states(self.methods)
+        write_checkpoint(path, Checkpoint({"methods": tensors}, {"tasks": self.tasks, "methods": values}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Past":
+        """Raises LLMBuilderError where a file is missing or damaged."""
+        fault = find_fault(path) if path.is_dir() else "there is no such folder"
+        if fault is not None:
+            raise LLMBuilderError(f"{path} does not hold a finished run's past: {fault}; finish that run by resume")
+        checkpoint = load_checkpoint(path)
+        values = checkpoint.values
+        return cls(values["tasks"], join_states(checkpoint.tensors["methods"], values["methods"]))
+
+
+def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
+    """Bring ``model`` to where a finished run left it: its weights, or its adapter on the model that it was made for.
+
+    An adapter that the model has already stays as it is.
+
+    Raises:
+        ConfigError: the run trained weights and this one adapters, or the other way round; or it had another model.
+        LLMBuilderError: the folder holds no finished run.
+    """
+    past = Past.load(folder / "past")
+    kind = "adapter" if use_lora else "model"
+    if not (folder / kind).is_dir():
+        raise ConfigError(f"continue_from {folder}: it holds no {kind}/: give use_lora={not use_lora} as that run did")
+    if use_lora:
+        if not list_adapters(model):
+            load_adapter(model, folder / kind)
+        return past
+    try:
+        model.load_state_dict(load_model(folder / kind).state_dict())
+    except RuntimeError:
+        raise ConfigError(f"continue_from {folder}: made with another model; load it from {folder / kind}") from None
+    return past
