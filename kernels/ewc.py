@@ -30,10 +30,7 @@ def address(row, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
 @triton.jit
 def load_fp32(pointers, inside):
     """Zero outside; `inside` None stands for everywhere, which alone lets whole vectors be read."""
-    if inside is None:
-        value = tl.load(pointers)
-    else:
-        value = tl.load(pointers, inside, other=0.0)
+    value = tl.load(pointers) if inside is None else tl.load(pointers, inside, other=0.0)
     return value.to(tl.float32)
 
 

@@ -66,11 +66,11 @@ def kernels(path: Path) -> list[Kernel]:
 
 def _image(image: Path, usage: str) -> list[Kernel]:
     text = _run(tool("nvdisasm"), "-c", str(image))
-    architecture = int(re.search(r"\.target\s+sm_(\d+)", text)[1])
+    architecture = int(re.search(r"\.target\s+sm_(\d+)|EF_CUDA_SM(\d+)", text).expand(r"\1\2"))
     resources = _resources(usage)
     found = []
     for symbol, body in _functions(text).items():
-        known = resources[architecture, symbol]
+        known = resources.get((architecture, symbol)) or resources[0, symbol]
         kernel = Kernel(architecture, symbol, symbol, known["REG"], known["STACK"], known["LOCAL"], known["SHARED"])
         _read(kernel, body)
         found.append(kernel)
@@ -80,7 +80,7 @@ def _image(image: Path, usage: str) -> list[Kernel]:
 
 
 def _resources(usage: str) -> dict[tuple[int, str], dict[str, int]]:
-    """(architecture, symbol) -> REG, STACK, SHARED, LOCAL; a cubin's listing names no architecture."""
+    """(architecture, symbol) -> REG, STACK, SHARED, LOCAL; a cubin's listing names no architecture: 0."""
     resources, architecture = {}, 0
     for line in usage.splitlines():
         if m := re.match(r"arch = sm_(\d+)", line):

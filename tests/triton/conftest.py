@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels. Those in interpreted/ run in processes of their own, which test_interpreted.py starts."""
+"""Tests of the Triton kernels. Those in interpreted/ run in processes that test_interpreted.py starts."""
 
 import os
 import sys

@@ -16,11 +16,11 @@ from triton.runtime import interpreter
 Builder, Grid = interpreter.InterpreterBuilder, interpreter.GridExecutor
 
 
-class OutOfBounds(IndexError):
+class OutOfBoundsError(IndexError):
     """A program touched memory that the launch did not get."""
 
 
-class Race(RuntimeError):
+class RaceError(RuntimeError):
     """Two programs, or two lanes of one store, touched the same address, one of them writing."""
 
 
@@ -43,7 +43,7 @@ class Launch:
     def store(self, addresses, size, program):
         self._check(addresses, size, program, "store")
         if len(set(addresses)) < len(addresses):
-            raise Race(f"two lanes of one store in program {program} write the same address")
+            raise RaceError(f"two lanes of one store in program {program} write the same address")
         for address in addresses:
             self._refuse_other(self.writers.get(address, program), program, address)
             self._refuse_other(self.readers.get(address, program), program, address)
@@ -57,7 +57,7 @@ class Launch:
         if not inside.all():
             bad = int(at[~inside][0])
             name, first, end = min(self.ranges, key=lambda r: min(abs(bad - r[1]), abs(bad - r[2])))
-            raise OutOfBounds(
+            raise OutOfBoundsError(
                 f"{what} in program {program}: {np.count_nonzero(~inside)} elements out of bounds, "
                 f"the first at byte {bad - first} of {name}, which has {end - first}"
             )
@@ -65,7 +65,7 @@ class Launch:
     @staticmethod
     def _refuse_other(other, program, address):
         if other != program:
-            raise Race(f"programs {other} and {program} both touch address {address:#x}, and one writes")
+            raise RaceError(f"programs {other} and {program} both touch address {address:#x}, and one writes")
 
 
 class State:
@@ -104,7 +104,7 @@ def install(seed=0):
 
 
 def _refused(self, *_):
-    raise Race("an atomic: sums would depend on the order of programs")
+    raise RaceError("an atomic: sums would depend on the order of programs")
 
 
 def _exact_dot(dot):
