@@ -13,6 +13,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from codegen.sass import tool
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PINNED = "13.0"  # the nvcc whose code the committed table describes
@@ -43,9 +45,14 @@ def fatbin(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> Path
     return _compiled(source, "fatbin", ("-fatbin", "--threads=2", *targets))
 
 
+def host(source: Path) -> Path:
+    """An object file: the launchers' own code, and the kernels as PTX for sm_80."""
+    return _compiled(source, "o", ("-c", "-Xcompiler=-fPIC", "-gencode=arch=compute_80,code=compute_80"))
+
+
 def ptx(source: Path) -> str:
     """The file's PTX for sm_80."""
-    return _compiled(source, "ptx", ("-ptx", "-arch=compute_80")).read_text()
+    return subprocess.run([tool("cuobjdump"), "-ptx", host(source)], capture_output=True, text=True, check=True).stdout
 
 
 def all_fatbins() -> dict[str, Path]:
@@ -57,15 +64,19 @@ def all_fatbins() -> dict[str, Path]:
 def _compiled(source: Path, kind: str, options: tuple[str, ...]) -> Path:
     csrc = source.parents[1]
     path = KEPT / f"{source.stem}-{_digest(csrc, source, options)}.{kind}"
-    if not path.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=KEPT) as folder:
-            out = Path(folder) / path.name
-            command = [nvcc(), *FLAGS, *options, f"-I{csrc}", f"-I{csrc}/include", str(source), "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr}")
-            out.rename(path)
+    include = (f"-I{csrc}", f"-I{csrc}/include")
+    return path if path.exists() else make(path, nvcc(), *FLAGS, *options, *include, str(source))
+
+
+def make(path: Path, *command: str) -> Path:
+    """What the command writes, at ``path`` only when it is whole."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+        out = Path(folder) / path.name
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"failed: {' '.join(command)}\n{done.stderr}")
+        out.rename(path)
     return path
 
 

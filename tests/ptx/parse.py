@@ -39,23 +39,41 @@ class Kernel:
         return _aligned(self.static_shared, DYNAMIC_ALIGNMENT)
 
 
-def kernel_names(text: str) -> list[str]:
-    return re.findall(r"\.entry\s+([\w$]+)", _stripped(text))
+class Module:
+    """The kernels of one PTX text, each parsed when it is first asked for."""
+
+    def __init__(self, text: str):
+        self._text = _stripped(text)
+        entries = re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)", self._text, re.S)
+        self._entries = {entry[1]: entry for entry in entries}
+        first = min((entry.start() for entry in self._entries.values()), default=0)
+        self._head = self._text[:first]
+        self._parsed: dict[str, Kernel] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def kernel(self, name: str = "") -> Kernel:
+        """The kernel of this name, or else the only one that has it in its name."""
+        found = [name] if name in self._entries else [one for one in self._entries if name in one]
+        if len(found) != 1:
+            raise PtxError(f"{len(found)} kernels have {name!r} in their name, not one: {self.names}")
+        if found[0] not in self._parsed:
+            self._parsed[found[0]] = self._parse(self._entries[found[0]])
+        return self._parsed[found[0]]
+
+    def _parse(self, entry: re.Match) -> Kernel:
+        kernel = Kernel(entry[1], _parameters(entry[2]))
+        body = _body(self._text, entry.end())
+        _declare_shared(kernel, self._head, body)
+        for statement in body.split(";"):
+            _statement(kernel, statement)
+        return kernel
 
 
-def parse(text: str, name: str | None = None) -> Kernel:
-    """The kernel whose name contains ``name`` (there must be one only)."""
-    text = _stripped(text)
-    entries = [m for m in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)", text, re.S) if not name or name in m[1]]
-    if len(entries) != 1:
-        raise PtxError(f"{len(entries)} kernels have {name!r} in their name, not one: {kernel_names(text)}")
-    entry = entries[0]
-    kernel = Kernel(entry[1], _parameters(entry[2]))
-    body = _body(text, entry.end())
-    _declare_shared(kernel, text[: text.find(".entry")] + body)
-    for statement in body.split(";"):
-        _statement(kernel, statement)
-    return kernel
+def parse(text: str, name: str = "") -> Kernel:
+    return Module(text).kernel(name)
 
 
 def _stripped(text: str) -> str:
@@ -87,24 +105,25 @@ def _aligned(offset: int, alignment: int) -> int:
 def _body(text: str, start: int) -> str:
     first = text.index("{", start)
     depth = 0
-    for at in range(first, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
+    for brace in re.compile(r"[{}]").finditer(text, first):
+        depth += 1 if brace[0] == "{" else -1
         if not depth:
-            return text[first + 1 : at]
+            return text[first + 1 : brace.start()]
     raise PtxError("the kernel's body does not end")
 
 
-def _declare_shared(kernel: Kernel, text: str) -> None:
-    pattern = r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
+def _declare_shared(kernel: Kernel, head: str, body: str) -> None:
+    """Arrays in the body, and those before the kernels that the body names."""
+    pattern = r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
+    used = set(re.findall(r"[\w$]+", body))
     dynamic = []
-    for alignment, type_, name, length in re.findall(pattern, text):
-        if re.search(rf"\.extern\s+\.shared[^;]*\b{re.escape(name)}\b", text):
+    for extern, alignment, type_, name, length in re.findall(pattern, head + body):
+        if extern:
             dynamic.append(name)
-            continue
-        size = size_of(type_) * int(length or 1)
-        start = _aligned(kernel.static_shared, int(alignment or size_of(type_)))
-        kernel.shared[name] = SHARED_BASE + start
-        kernel.static_shared = start + size
+        elif name in used:
+            start = _aligned(kernel.static_shared, int(alignment or size_of(type_)))
+            kernel.shared[name] = SHARED_BASE + start
+            kernel.static_shared = start + size_of(type_) * int(length or 1)
     for name in dynamic:
         kernel.shared[name] = SHARED_BASE + kernel.dynamic_start
 

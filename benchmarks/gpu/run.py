@@ -1,0 +1,55 @@
+"""Measures the GPU kernels on the GPU that is here and writes benchmarks/results/gpu_*.csv (`make bench-gpu`).
+
+    python benchmarks/gpu/run.py [name ...]      names: sanitizer layer bandwidth roofline graph step; default all
+    python benchmarks/gpu/run.py --dry-run       the same code without a GPU: tiny shapes, the CUDA kernels emulated,
+                                                 every check made, no figure kept
+
+Results are checked before anything is timed; a wrong one ends the run.
+"""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import bench_bandwidth
+import bench_graph
+import bench_layer
+import bench_roofline
+import bench_step
+import sanitize
+import torch
+from stage import Stage
+
+BENCHMARKS = {
+    module.NAME: module for module in (sanitize, bench_layer, bench_bandwidth, bench_roofline, bench_graph, bench_step)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which; default: all")
+    parser.add_argument("--dry-run", action="store_true", help="take the same way on a CPU and keep no figure")
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here; --dry-run checks the benchmarks without one")
+    torch.manual_seed(0)
+    stage = Stage(arguments.dry_run)
+    with _emulated() if stage.dry else nullcontext():
+        for name in arguments.names or BENCHMARKS:
+            print(f"== {name}", flush=True)
+            stage.write(name, list(BENCHMARKS[name].rows(stage)))
+
+
+def _emulated():
+    """The CUDA kernels, built for the CPU, in the place of those for a GPU."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+    from gpusim import build
+
+    from llmbuilder.ops import _backend
+
+    return _backend.emulated(build.module())
+
+
+if __name__ == "__main__":
+    main()
