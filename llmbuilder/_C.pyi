@@ -2,6 +2,10 @@
 """The compiled kernels: addresses and sizes instead of tensors, nothing checked. Use llmbuilder.ops."""
 
 import enum
+from types import ModuleType
+
+cuda: ModuleType  # the CUDA launchers, where they are built; _cuda.py is their one caller
+cuda_why_not: str
 
 class DType(enum.Enum):
     f32 = 0

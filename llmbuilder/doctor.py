@@ -22,8 +22,8 @@ from .ops import _backend, _native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_SEEN = (
-    "GPU: the only GPU code is Triton's dropout; it has run in Triton's interpreter, never on a GPU. "
-    "Other operators use plain torch there."
+    "a GPU. The CUDA kernels have run in an emulator, the Triton kernels in Triton's interpreter; all are compiled and"
+    " their code is inspected (Triton's for Hopper and Blackwell only that). None has run on a GPU yet."
 )
 Operator = Callable[..., Any]
 
@@ -65,6 +65,10 @@ def _lora_shrink(operator: Operator, inputs: Inputs) -> list[Tensor]:
 
 
 def _lora_expand(operator: Operator, inputs: Inputs) -> list[Tensor]:
+    return [operator(inputs.normal(M, R), inputs.normal(N, R), inputs.normal(N), 2.0)]
+
+
+def _lora_expand_(operator: Operator, inputs: Inputs) -> list[Tensor]:
     y = inputs.normal(M, N)
     operator(y, inputs.normal(M, R), inputs.normal(N, R), 2.0)
     return [y]
@@ -75,6 +79,16 @@ def _lora_grad_sb(operator: Operator, inputs: Inputs) -> list[Tensor]:
 
 
 def _lora_grad_ax(operator: Operator, inputs: Inputs) -> list[Tensor]:
+    arguments = inputs.normal(M, K), inputs.normal(M, R), inputs.normal(R, K)
+    return list(operator(*arguments, THRESHOLD, inputs.seed(), 1, True))
+
+
+def _lora_fused(operator: Operator, inputs: Inputs) -> list[Tensor]:
+    base = inputs.normal(M, K), inputs.normal(N, K), inputs.normal(N)
+    return [operator(*base, inputs.normal(M, R), inputs.normal(N, R), 2.0)]
+
+
+def _lora_grad_ax_(operator: Operator, inputs: Inputs) -> list[Tensor]:
     dX = inputs.normal(M, K)
     arguments = inputs.normal(M, K), inputs.normal(M, R), inputs.normal(R, K)
     return [operator(*arguments, THRESHOLD, inputs.seed(), 1, dX), dX]
@@ -85,7 +99,7 @@ def _ewc_penalty(operator: Operator, inputs: Inputs) -> list[Tensor]:
     for param in params:
         param.grad = inputs.normal(*param.shape)
     value = operator(params, anchors, [fisher.square() for fisher in fishers], 0.5)
-    return [torch.tensor(value, dtype=torch.float64), *[param.grad for param in params if param.grad is not None]]
+    return [torch.as_tensor(value, dtype=torch.float64), *[param.grad for param in params if param.grad is not None]]
 
 
 def _ewc_accumulate(operator: Operator, inputs: Inputs) -> list[Tensor]:
@@ -103,9 +117,12 @@ def _softmax_cross_entropy(operator: Operator, inputs: Inputs) -> list[Tensor]:
 CASES: dict[str, Callable[[Operator, Inputs], list[Tensor]]] = {
     "dropout": _dropout,
     "lora_shrink": _lora_shrink,
-    "lora_expand_": _lora_expand,
+    "lora_expand": _lora_expand,
+    "lora_expand_": _lora_expand_,
     "lora_grad_sb": _lora_grad_sb,
-    "lora_grad_ax_": _lora_grad_ax,
+    "lora_grad_ax": _lora_grad_ax,
+    "lora_grad_ax_": _lora_grad_ax_,
+    "lora_fused": _lora_fused,
     "ewc_penalty_": _ewc_penalty,
     "ewc_accumulate_": _ewc_accumulate,
     "softmax_cross_entropy_": _softmax_cross_entropy,

@@ -9,7 +9,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LLMBuilderError, nearest
-from . import _native
+from . import _cuda, _native
 
 VARIABLE = "LLMBUILDER_BACKEND"
+CAPABILITY = (8, 0)  # the least compute capability of an NVIDIA GPU: bf16 and mma.sync m16n8k16 begin there
 
 
 @dataclass(frozen=True)
@@ -31,76 +33,134 @@ class Served:
     why_not: dict[str, str]
 
 
-def _cuda_unfit(device: str, dtype: torch.dtype) -> str:
-    return "this version has no CUDA kernels"
+def _cuda_unfit(device: torch.device, dtype: torch.dtype) -> str:
+    if not _cuda.available():
+        return _cuda.why_not()
+    if device.type != _cuda.device_type():
+        return f"the tensor is on {device.type}"
+    if dtype not in _cuda.DTYPES:
+        return f"no kernels for {_short(dtype)}"
+    return _cuda.unfit_driver() or _unfit_gpu(device)
 
 
-def _triton_unfit(device: str, dtype: torch.dtype) -> str:
+def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install 'llmbuilder[triton]'` brings it"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton's kernels run on a GPU, the tensor is on {device}"
-    return "" if dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no kernels for {_short(dtype)}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton's kernels run on a GPU, the tensor is on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernels for {_short(dtype)}"
+    return _unfit_gpu(device)
 
 
-def _cpu_unfit(device: str, dtype: torch.dtype) -> str:
-    if device != "cpu":
-        return f"the tensor is on {device}"
+def _cpu_unfit(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return f"the tensor is on {device.type}"
     if not _native.available():
         return _native.why_not()
     return "" if _native.serves(dtype) else f"no kernels for {_short(dtype)}"
 
 
+def _unfit_gpu(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        needed = ".".join(map(str, CAPABILITY))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, below {needed}"
+    return ""
+
+
 # In the order of preference; the function says why a backend serves no such tensor, and nothing when it does.
-BACKENDS: dict[str, Callable[[str, torch.dtype], str]] = {
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
     "cuda": _cuda_unfit,
     "cpu": _cpu_unfit,
     "triton": _triton_unfit,
     "reference": lambda device, dtype: "",
 }
-OPERATORS = {
-    "dropout": {"cpu": "ops._cpu", "triton": "kernels.dropout", "reference": "ops.reference"},
-    "lora_shrink": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "lora_expand_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "lora_grad_sb": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "lora_grad_ax_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "ewc_penalty_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "ewc_accumulate_": {"cpu": "ops._cpu", "reference": "ops.reference"},
-    "softmax_cross_entropy_": {"cpu": "ops._cpu", "reference": "ops.reference"},
+_ALL = {"cuda": "ops._cuda", "cpu": "ops._cpu", "reference": "ops.reference"}
+_BASE_FIRST = {"cpu": "ops._cpu", "reference": "ops.reference"}
+_UPDATE_FIRST = {"cuda": "ops._cuda", "triton": "kernels.lora"}
+OPERATORS: dict[str, dict[str, str]] = {
+    "dropout": _ALL | {"triton": "kernels.dropout"},
+    "lora_shrink": _ALL | {"triton": "kernels.lora"},
+    "lora_expand": _UPDATE_FIRST,
+    "lora_expand_": _BASE_FIRST,
+    "lora_grad_sb": _ALL | {"triton": "kernels.lora"},
+    "lora_grad_ax": _UPDATE_FIRST,
+    "lora_grad_ax_": _BASE_FIRST,
+    "lora_fused": _UPDATE_FIRST,
+    "ewc_penalty_": _ALL | {"triton": "kernels.ewc"},
+    "ewc_accumulate_": _ALL | {"triton": "kernels.ewc"},
+    "softmax_cross_entropy_": _ALL | {"triton": "kernels.cross_entropy"},
 }
 
 
 def serve(operator: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes ``operator`` on tensors of this one's device and dtype."""
-    return _choose(operator, tensor.device.type, tensor.dtype, os.environ.get(VARIABLE))
+    name = _choose(operator, tensor.device, tensor.dtype, os.environ.get(VARIABLE))
+    return _function(operator, name)
+
+
+def update_first(tensor: Tensor) -> bool:
+    """Whether a LoRA layer on such tensors writes its update first and adds the base to it, or the other way round."""
+    return _choose("lora_shrink", tensor.device, tensor.dtype, os.environ.get(VARIABLE)) in _UPDATE_FIRST
 
 
 def explain(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Served]:
-    """Who serves each operator on tensors of this device type and dtype, and why every other backend does not."""
-    forced = _forced(os.environ.get(VARIABLE))
+    """Who serves each operator on tensors of this device and dtype, and why every other backend does not.
+
+    An operator that belongs to the other order of a LoRA layer's sums has no row.
+    """
+    place, forced = torch.device(device), _forced(os.environ.get(VARIABLE))
+    unfit = {name: why_not(place, dtype) for name, why_not in BACKENDS.items()}
+
+    def chosen(operator: str) -> str | None:
+        names = [forced] if forced else BACKENDS
+        return next((name for name in names if not (unfit[name] or _lacks(operator, name))), None)
+
+    order = chosen("lora_shrink") or forced
     rows = []
-    for operator in OPERATORS:
-        why_not = {name: _why_not(operator, name, device, dtype) for name in BACKENDS}
-        fit = [name for name in ([forced] if forced else BACKENDS) if not why_not[name]]
-        chosen = fit[0] if fit else None
-        for name in BACKENDS:
-            if name != chosen and not why_not[name]:
-                why_not[name] = f"{VARIABLE}={forced} forces another" if forced else f"{chosen} comes first"
-        rows.append(Served(operator, chosen, {name: why for name, why in why_not.items() if name != chosen}))
+    for operator, modules in OPERATORS.items():
+        if modules in (_BASE_FIRST, _UPDATE_FIRST) and order not in modules:
+            continue
+        served = chosen(operator)
+        preferred = f"{VARIABLE}={forced} forces another" if forced else f"{served} comes first"
+        others = [name for name in BACKENDS if name != served]
+        rows.append(
+            Served(operator, served, {name: unfit[name] or _lacks(operator, name) or preferred for name in others})
+        )
     return rows
 
 
+@contextmanager
+def emulated(module: Any) -> Iterator[None]:
+    """For tests: ``module``, the CUDA kernels built for the CPU, stands in the place of those for a GPU."""
+    _choose.cache_clear()
+    try:
+        with _cuda.replaced(module):
+            yield
+    finally:
+        _choose.cache_clear()
+
+
 @functools.cache
-def _choose(operator: str, device: str, dtype: torch.dtype, variable: str | None) -> Callable[..., Any]:
+def _choose(operator: str, device: torch.device, dtype: torch.dtype, variable: str | None) -> str:
     forced = _forced(variable)
     for name in [forced] if forced else BACKENDS:
-        why_not = _why_not(operator, name, device, dtype)
+        why_not = BACKENDS[name](device, dtype) or _lacks(operator, name)
         if not why_not:
-            module = importlib.import_module(f"llmbuilder.{OPERATORS[operator][name]}")
-            return getattr(module, operator)
+            return name
         if forced:
             raise LLMBuilderError(f"{operator}: {VARIABLE}={forced} can't serve it: {why_not}; unset {VARIABLE}")
-    raise AssertionError("the reference serves everything")
+    raise AssertionError(f"nobody serves {operator}")
+
+
+@functools.cache
+def _function(operator: str, backend: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"llmbuilder.{OPERATORS[operator][backend]}"), operator)
 
 
 def _forced(variable: str | None) -> str | None:
@@ -110,9 +170,7 @@ def _forced(variable: str | None) -> str | None:
     return variable or None
 
 
-def _why_not(operator: str, backend: str, device: str, dtype: torch.dtype) -> str:
-    if why := BACKENDS[backend](device, dtype):
-        return why
+def _lacks(operator: str, backend: str) -> str:
     return "" if backend in OPERATORS[operator] else f"it has no {operator}"
 
 

@@ -6,7 +6,7 @@ the CPU, which ``llmbuilder.ops`` has seen to.
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch  # before _C, so that both use torch's OpenMP runtime and its one pool of threads
 from torch import Tensor
@@ -48,6 +48,16 @@ def available() -> bool:
 def why_not() -> str:
     """Why the extension is not there, and what to type; empty when it is."""
     return _WHY_NOT
+
+
+def cuda() -> Any:
+    """The extension's CUDA launchers, or None where it was built without them; `_cuda` makes operators of them."""
+    return None if _WHY_NOT else getattr(_C, "cuda", None)
+
+
+def cuda_why_not() -> str:
+    """Why there are no CUDA launchers; empty when there are."""
+    return _WHY_NOT or (_C.cuda_why_not and f"{_C.cuda_why_not}; `LLMBUILDER_CUDA=ON pip install .` insists on them")
 
 
 def serves(dtype: torch.dtype) -> bool:

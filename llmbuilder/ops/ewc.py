@@ -42,15 +42,15 @@ def ewc_penalty(
 
 def ewc_penalty_(
     params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor] | None, strength: float
-) -> float:
+) -> Tensor:
     """Adds the penalty's gradient to each ``param.grad`` in place (a missing one starts at zero), in one pass.
 
     Args:
         params, anchors, fishers, strength: as for ``ewc_penalty``; all contiguous, and the gradients too.
 
     Returns:
-        The penalty's value. Differences and products are fp32 or better, the sum fp64 in an order fixed by the shapes:
-        the same call gives the same bits.
+        The penalty's value, an fp64 scalar on the params' device, which nothing here waits for. Differences and
+        products are fp32 or better, the sum fp64 in an order fixed by the shapes: the same call gives the same bits.
 
     Raises:
         ValueError: as for ``ewc_penalty``, a tensor that is not contiguous, or one given twice. No gradient is touched
@@ -64,7 +64,7 @@ def ewc_penalty_(
     for param in params:
         if param.grad is None:
             param.grad = torch.zeros_like(param)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
     for group in _by_dtype(params):
         chosen = None if fishers is None else [fishers[i] for i in group]
         serve = _backend.serve("ewc_penalty_", params[group[0]])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _backend, _gemm
+from . import _backend, _gemm, _paths
 from .dropout import check_floating, check_mask, quantise, seed_like
 
 # Rows up to which inference takes three plain products: at one or a few tokens a step, launches are all the cost.
@@ -174,10 +174,28 @@ def _lora_linear(
     """y and S = drop(x) Aᵀ; weight None stands for a base that is zero. seed None goes with threshold 0."""
     rows = _rows(x)
     with _own_dtypes(x):
-        y = rows.new_zeros(rows.shape[0], B.shape[0]) if weight is None else _gemm.linear(rows, weight, bias)
         S = _backend.serve("lora_shrink", x)(rows, _beside(A, x), threshold, _seed(seed, x), stream)
-        _backend.serve("lora_expand_", x)(y, S, _beside(B, x), scaling)
+        forward = _update_first if _backend.update_first(x) else _base_first
+        y = forward(rows, weight, bias, S, _beside(B, x), scaling)
     return y.view(*x.shape[:-1], B.shape[0]), S
+
+
+def _base_first(x: Tensor, weight: Tensor | None, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y = base, then y += update: the order of a library that cannot add a product to what is there."""
+    y = x.new_zeros(x.shape[0], B.shape[0]) if weight is None else _gemm.linear(x, weight, bias)
+    _backend.serve("lora_expand_", x)(y, S, B, scaling)
+    return y
+
+
+def _update_first(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """y = update + bias, then y += base in the library's product; or all in one kernel where that is faster."""
+    bias = None if bias is None else bias.contiguous()
+    if weight is not None and _paths.fused(x, weight, B.shape[1]):
+        return _backend.serve("lora_fused", x)(x, weight, bias, S, B, scaling)
+    y = _backend.serve("lora_expand", x)(S, B, bias, scaling)
+    return y if weight is None else y.addmm_(x, weight.t())
 
 
 @_lora_linear.register_fake
@@ -211,13 +229,32 @@ def _lora_linear_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX (empty unless needed), dA, dB."""
-    rows, dy, dX = _rows(x), _rows(dY), None
+    rows, dy = _rows(x), _rows(dY)
     with _own_dtypes(x):
         dS, dB = _backend.serve("lora_grad_sb", x)(dy, S, _beside(B, x), scaling)
-        if need_x:
-            dX = torch.zeros_like(rows) if weight is None else _gemm.linear_grad(dy, weight)
-        dA = _backend.serve("lora_grad_ax_", x)(rows, dS, _beside(A, x), threshold, _seed(seed, x), stream, dX)
+        backward = _update_first_backward if _backend.update_first(x) else _base_first_backward
+        dA, dX = backward(rows, dy, weight, dS, _beside(A, x), (threshold, _seed(seed, x), stream), need_x)
     return x.new_empty(0) if dX is None else dX.view(x.shape), dA.to(A.dtype), dB.to(B.dtype)
+
+
+def _base_first_backward(
+    x: Tensor, dY: Tensor, weight: Tensor | None, dS: Tensor, A: Tensor, mask: tuple[int, Tensor, int], need_x: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dA and, where x needs it, dX: the base's first, the update's added by the kernel that has drawn the mask."""
+    dX = None
+    if need_x:
+        dX = torch.zeros_like(x) if weight is None else _gemm.linear_grad(dY, weight)
+    return _backend.serve("lora_grad_ax_", x)(x, dS, A, *mask, dX), dX
+
+
+def _update_first_backward(
+    x: Tensor, dY: Tensor, weight: Tensor | None, dS: Tensor, A: Tensor, mask: tuple[int, Tensor, int], need_x: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dA and, where x needs it, dX: the update's first, the base's added by the library's product."""
+    dA, dX = _backend.serve("lora_grad_ax", x)(x, dS, A, *mask, need_x)
+    if dX is not None and weight is not None:
+        dX.addmm_(dY, weight)
+    return dA, dX
 
 
 @_lora_linear_backward.register_fake
@@ -288,8 +325,15 @@ _frozen_linear.register_autograd(_backward_frozen, setup_context=_setup_frozen)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as a contiguous matrix; a copy only where its strides ask for one."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    """x as a matrix that its backend takes: one behind the other's rows on a CPU, rows with any step on a GPU."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if _backend.update_first(x) and _steps_by_rows(rows) else rows.contiguous()
+
+
+def _steps_by_rows(matrix: Tensor) -> bool:
+    """Columns side by side, and rows that do not overlap (an expanded row would)."""
+    rows, columns = matrix.shape
+    return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
 
 
 def _own_dtypes(x: Tensor) -> torch.autocast:

@@ -28,6 +28,17 @@ def lora_expand_(y: Tensor, S: Tensor, B: Tensor, scaling: float) -> None:
     y.addmm_(S, B.t(), alpha=scaling)
 
 
+def lora_expand(S: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """y = scaling · S Bᵀ + bias."""
+    y = S.new_zeros(S.shape[0], B.shape[0]) if bias is None else bias.repeat(S.shape[0], 1)
+    return y.addmm_(S, B.t(), alpha=scaling)
+
+
+def lora_fused(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y = x Wᵀ + bias + scaling · S Bᵀ."""
+    return lora_expand(S, B, bias, scaling).addmm_(x, W.t())
+
+
 def lora_grad_sb(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """dS = scaling · dY B in dY's dtype, and dB = scaling · dYᵀ S in fp32 (fp64 for fp64)."""
     return (dY @ B).mul_(scaling), widen(dY.t() @ S).mul_(scaling)
@@ -42,15 +53,23 @@ def lora_grad_ax_(
     return widen(dS.t() @ _dropped(x, threshold, seed, stream))
 
 
-def ewc_penalty_(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor] | None, strength: float) -> float:
+def lora_grad_ax(
+    x: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int, need_x: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dA = dSᵀ drop(x) in fp32 (fp64 for fp64), and dX = drop'(dS A) where x needs it."""
+    dX = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+    return lora_grad_ax_(x, dS, A, threshold, seed, stream, dX), dX
+
+
+def ewc_penalty_(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor] | None, strength: float) -> Tensor:
     """Adds strength · F(θ - θ*) to each ``.grad``, and returns strength/2 Σ F(θ - θ*)²."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
     for i, (param, anchor) in enumerate(zip(params, anchors, strict=True)):
         drift = widen(param.detach()) - anchor
         pull = drift if fishers is None else drift * fishers[i]
         assert param.grad is not None
         param.grad.add_(pull, alpha=strength)
-        total += float((pull * drift).sum(dtype=torch.float64))
+        total += (pull * drift).sum(dtype=torch.float64)
     return strength / 2 * total
 
 

@@ -37,12 +37,14 @@ def test_forcing_the_reference_takes_every_operator_from_the_kernels(monkeypatch
     [
         ("cpu", torch.float64, "no kernels for float64"),
         ("triton", torch.float32, "Triton's kernels run on a GPU, the tensor is on cpu"),
-        ("cuda", torch.float32, "this version has no CUDA kernels"),
+        ("cuda", torch.float32, "these kernels are not built"),
     ],
 )
 def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch, forced, dtype, reason):
     monkeypatch.setenv("LLMBUILDER_BACKEND", forced)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_backend._cuda, "_kernels", None)
+    monkeypatch.setattr(_backend._native, "cuda_why_not", lambda: "these kernels are not built")
     with pytest.raises(LLMBuilderError, match=f"dropout: LLMBUILDER_BACKEND={forced} can't serve it: {reason}"):
         ops.dropout(torch.ones(3, dtype=dtype), 0.5)
     row = _backend.explain("cpu", dtype)[0]
@@ -50,11 +52,11 @@ def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch, forced, dty
     assert reason in row.why_not[forced]
 
 
-def test_triton_has_no_lora_yet(monkeypatch):
-    monkeypatch.setenv("LLMBUILDER_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(LLMBuilderError, match="lora_shrink: LLMBUILDER_BACKEND=triton can't serve it: it has no"):
-        ops.lora_delta(torch.ones(20, 3), torch.ones(2, 3), torch.ones(4, 2), 1.0)
+def test_a_backend_that_lacks_an_operator_cannot_be_forced_on_it(monkeypatch):
+    monkeypatch.setenv("LLMBUILDER_BACKEND", "cpu")
+    monkeypatch.setitem(_backend.OPERATORS, "lora_shrink", {"reference": "ops.reference"})
+    with pytest.raises(LLMBuilderError, match="lora_shrink: LLMBUILDER_BACKEND=cpu can't serve it: it has no"):
+        _backend.serve("lora_shrink", torch.ones(20, 3, dtype=torch.float16))
 
 
 def test_an_unknown_backend_is_named_with_the_nearest(monkeypatch):
@@ -91,4 +93,4 @@ def test_a_new_backend_is_one_column_and_no_change_of_a_caller(monkeypatch):
         assert _backend.explain()[0].backend == "new"
     finally:
         _backend._choose.cache_clear()
-    assert served[0] == ("cpu", torch.float32)
+    assert served[0] == (torch.device("cpu"), torch.float32)

@@ -61,7 +61,7 @@ def test_value_and_gradient_of_the_penalty_in_place(check_error, shapes, dtype, 
                 [b.double() + e for b, e in zip(before, exact, strict=True)],
             ]
         )
-        assert value == pytest.approx(exact_value.item(), rel=1e-5, abs=1e-12)
+        assert value.item() == pytest.approx(exact_value.item(), rel=1e-5, abs=1e-12)
     for i in range(len(shapes)):
         check_error(*([draw[way][i] for draw in draws] for way in range(3)), f"gradient {i}")
 
@@ -82,7 +82,7 @@ def test_both_penalties_agree(backend, dtype):
     params, anchors, fishers = weights([(70, 33), (129,)], [dtype] * 2)
     value = ewc_penalty([p.requires_grad_() for p in params], anchors, fishers, 1.3)
     grads = torch.autograd.grad(3 * value, params)
-    assert ewc_penalty_(params, anchors, fishers, 3 * 1.3) == pytest.approx(3 * value.item(), rel=1e-5)
+    assert ewc_penalty_(params, anchors, fishers, 3 * 1.3).item() == pytest.approx(3 * value.item(), rel=1e-5)
     for param, grad in zip(params, grads, strict=True):
         torch.testing.assert_close(param.grad, grad)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -92,7 +92,7 @@ def test_params_of_several_dtypes_in_one_call():
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32]
     params, anchors, fishers = weights([(9, 3), (70,), (4, 4), (1,)], dtypes)
     exact_value, exact = gradients(wide(params), wide(anchors), wide(fishers), 2.0)
-    assert ewc_penalty_(params, anchors, fishers, 2.0) == pytest.approx(exact_value.item(), rel=1e-5)
+    assert ewc_penalty_(params, anchors, fishers, 2.0).item() == pytest.approx(exact_value.item(), rel=1e-5)
     for param, expected in zip(params, exact, strict=True):
         torch.testing.assert_close(param.grad.double(), expected, rtol=0.01, atol=0.01)
         assert param.grad.dtype == param.dtype

@@ -50,6 +50,10 @@ struct DeviceMask {
   uint32_t threshold;
 };
 
+/// The version of CUDA that the driver speaks (0: none is loaded), and that of the runtime linked in: 13000 for 13.0.
+int driver_version();
+int runtime_version();
+
 // ------------------------------------------------------------------------------------------------------------ dropout
 
 /// y = drop(x); x, y: [rows, columns], contiguous, of `dtype`; they may be the same memory.
@@ -85,6 +89,10 @@ int64_t lora_grad_ax_workspace(DType, int64_t M, int64_t K, int64_t r);
 /// y[M, N] = x[M, K] W[N, K]^T + scaling S[M, r] B[N, r]^T + bias[N], written only; `bias` may be null.
 Status lora_fused(const Launch&, DType, ConstMatrix x, ConstMatrix W, const void* bias, ConstMatrix S, ConstMatrix B,
                   float scaling, Matrix y, bool tf32);
+
+/// dX[M, K] = dY[M, N] W[N, K] + drop'(dS[M, r] A[r, K]), written only.
+Status lora_fused_grad(const Launch&, DType, ConstMatrix dY, ConstMatrix W, ConstMatrix dS, ConstMatrix A, DeviceMask,
+                       Matrix dX, bool tf32);
 
 // ---------------------------------------------------------------------------------------------------------------- ewc
 
