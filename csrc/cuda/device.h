@@ -184,7 +184,23 @@ LLMBUILDER_MMA(mma_m16n8k8_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32
 
 #else
 
-using namespace gpusim::device;
+using gpusim::device::cp_async16;
+using gpusim::device::cp_async_commit;
+using gpusim::device::cp_async_wait;
+using gpusim::device::from_float;
+using gpusim::device::ldmatrix_x4;
+using gpusim::device::ldmatrix_x4_trans;
+using gpusim::device::load;
+using gpusim::device::load_16;
+using gpusim::device::mma_m16n8k16_bf16;
+using gpusim::device::mma_m16n8k16_f16;
+using gpusim::device::mma_m16n8k8_tf32;
+using gpusim::device::mulhi;
+using gpusim::device::pack;
+using gpusim::device::round_to_tf32;
+using gpusim::device::store;
+using gpusim::device::store_16;
+using gpusim::device::to_float;
 
 #endif
 

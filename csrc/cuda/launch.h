@@ -74,6 +74,9 @@ Status launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid,
                            std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks");
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return failed(name, "device", guard.error());
+#ifdef LLMBUILDER_EMULATED
+  gpusim::name_kernel(name);
+#endif
   if (shared > SHARED_WITHOUT_OPT_IN)
     if (Status status = opt_in(name, (const void*)kernel, int(shared), launch); !status) return status;
   void* pointers[] = {&arguments...};
