@@ -14,7 +14,10 @@ class Check {
   const Status& status() const { return status_; }
 
   Check& that(bool right, const std::string& otherwise) {
-    if (status_ && !right) status_ = Status::refused(std::string(launcher_) + ": " + otherwise);
+    if (status_ && !right) {
+      status_.kind = Status::REFUSED;
+      status_.message = std::string(launcher_) + ": " + otherwise;
+    }
     return *this;
   }
 
@@ -37,6 +40,11 @@ class Check {
     if (mask.threshold == 0) return *this;
     that(rows <= int64_t(1) << 32, "a mask has at most 2^32 rows, got " + std::to_string(rows));
     return pointer("the mask's seed", mask.seed, true);
+  }
+
+  /// Blocks in the grid's x, which are counted in 31 bits.
+  Check& blocks(int64_t count) {
+    return that(count <= 0x7fffffff, "too large for one launch, " + std::to_string(count) + " blocks");
   }
 
  private:

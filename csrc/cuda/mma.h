@@ -123,12 +123,14 @@ DEVICE void write_eight(T* out, const T* bias, bool accumulate, int64_t valid, b
 
 struct MathBF16 {
   using Element = bf16;
+  static constexpr bool FMA = false;
   DEVICE static uint32_t operand(uint32_t word) { return word; }
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k16_bf16(d, a, b); }
 };
 
 struct MathF16 {
   using Element = f16;
+  static constexpr bool FMA = false;
   DEVICE static uint32_t operand(uint32_t word) { return word; }
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k16_f16(d, a, b); }
 };
@@ -136,6 +138,7 @@ struct MathF16 {
 /// Operands are rounded to a mantissa of ten bits: only where the caller's settings allow it.
 struct MathTF32 {
   using Element = float;
+  static constexpr bool FMA = false;
   DEVICE static uint32_t operand(uint32_t word) { return round_to_tf32(word); }
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k8_tf32(d, a, b); }
 };
@@ -144,6 +147,7 @@ struct MathTF32 {
 /// FMA.
 struct MathFP32 {
   using Element = float;
+  static constexpr bool FMA = true;
   DEVICE static uint32_t operand(uint32_t word) { return word; }
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     const int lane = threadIdx.x % WARP, row = lane / 4 * 4, column = lane % 4 * 8;  // first lanes of the quads asked
