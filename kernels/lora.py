@@ -9,7 +9,7 @@ where programs share a result they write partial sums, which a second launch add
 """
 
 from .lora_expand import lora_expand, lora_expand_
-from .lora_fused import lora_fused, lora_fused_dx
+from .lora_fused import lora_fused, lora_fused_grad
 from .lora_grad_ax import lora_grad_ax
 from .lora_grad_sb import lora_grad_sb
 from .lora_shrink import lora_shrink
@@ -18,7 +18,7 @@ __all__ = [
     "lora_expand",
     "lora_expand_",
     "lora_fused",
-    "lora_fused_dx",
+    "lora_fused_grad",
     "lora_grad_ax",
     "lora_grad_sb",
     "lora_shrink",

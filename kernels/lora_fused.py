@@ -69,7 +69,7 @@ def lora_fused(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, 
     return _fused(x, W, bias, S, B, scaling)
 
 
-def lora_fused_dx(dY: Tensor, W: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
+def lora_fused_grad(dY: Tensor, W: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
     """dX[M, K] = dY[M, N] W[N, K] + drop'(dS[M, r] A[r, K])."""
     return _fused(dY, W.t(), None, dS, A.t(), mask.scale(threshold), threshold, seed, stream)
 

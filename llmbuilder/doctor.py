@@ -94,6 +94,11 @@ def _lora_grad_ax_(operator: Operator, inputs: Inputs) -> list[Tensor]:
     return [operator(*arguments, THRESHOLD, inputs.seed(), 1, dX), dX]
 
 
+def _lora_fused_grad(operator: Operator, inputs: Inputs) -> list[Tensor]:
+    base = inputs.normal(M, N), inputs.normal(N, K)
+    return [operator(*base, inputs.normal(M, R), inputs.normal(R, K), THRESHOLD, inputs.seed(), 1)]
+
+
 def _ewc_penalty(operator: Operator, inputs: Inputs) -> list[Tensor]:
     params, anchors, fishers = ([inputs.normal(M, K), inputs.normal(N)] for _ in range(3))
     for param in params:
@@ -123,6 +128,7 @@ CASES: dict[str, Callable[[Operator, Inputs], list[Tensor]]] = {
     "lora_grad_ax": _lora_grad_ax,
     "lora_grad_ax_": _lora_grad_ax_,
     "lora_fused": _lora_fused,
+    "lora_fused_grad": _lora_fused_grad,
     "ewc_penalty_": _ewc_penalty,
     "ewc_accumulate_": _ewc_accumulate,
     "softmax_cross_entropy_": _softmax_cross_entropy,

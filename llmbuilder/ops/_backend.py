@@ -92,6 +92,7 @@ OPERATORS: dict[str, dict[str, str]] = {
     "lora_grad_ax": _UPDATE_FIRST,
     "lora_grad_ax_": _BASE_FIRST,
     "lora_fused": _UPDATE_FIRST,
+    "lora_fused_grad": _UPDATE_FIRST,
     "ewc_penalty_": _ALL | {"triton": "kernels.ewc"},
     "ewc_accumulate_": _ALL | {"triton": "kernels.ewc"},
     "softmax_cross_entropy_": _ALL | {"triton": "kernels.cross_entropy"},

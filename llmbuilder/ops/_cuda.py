@@ -133,6 +133,14 @@ def lora_fused(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, 
     return y
 
 
+def lora_fused_grad(dY: Tensor, W: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
+    """``dX[M, K] = dY[M, N] W[N, K] + drop'(dS[M, r] A[r, K])`` in dY's dtype, in one kernel."""
+    dX, W = dY.new_empty(len(dY), W.shape[1]), W if W.stride(1) == 1 else W.contiguous()
+    arguments = _matrix(dY), _matrix(W), _matrix(dS), _matrix(A), _mask(seed, stream, threshold), _matrix(dX)
+    _kernels.lora_fused_grad(_dtype(dY), *arguments, _tf32(), *_at(dY))
+    return dX
+
+
 def ewc_penalty_(
     params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor] | None, strength: float
 ) -> Tensor:

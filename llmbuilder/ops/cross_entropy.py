@@ -31,6 +31,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of ``softcap * tanh((x @ weight.T + bias) / softcap)`` against ``targets``, without whole logits.
 
@@ -45,6 +46,8 @@ def linear_cross_entropy(
         softcap: bounds the logits to ±softcap (Gemma 2, arXiv 2408.00118); None leaves them as they are.
         reduction: "mean" over the targets that count, "sum", or "none" for one loss a position (0 where ignored).
         ignore_index: the target that marks a position without one.
+        row_weights: [...] float32 (float64 for float64 inputs), a constant factor of each position's loss; the mean is
+            then over their sum. All of them 1 gives the bits of None.
 
     Returns:
         Scalar, or [...] for "none": float32, float64 for float64 inputs. As with torch, the mean over no target at
@@ -61,14 +64,17 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     rows, weight, labels, bias, cap = _prepare(x, weight, targets, bias, softcap)
+    factors = None if row_weights is None else _factors(row_weights, rows, targets)
     if reduction == "none":
-        return linear_cross_entropy_losses(rows, weight, labels, bias, cap, ignore_index).reshape(targets.shape)
+        losses = linear_cross_entropy_losses(rows, weight, labels, bias, cap, ignore_index)
+        return (losses if factors is None else losses * factors).reshape(targets.shape)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
-    total = linear_cross_entropy_sum(rows, weight, labels, bias, cap, ignore_index, needs)[0]
+    total = linear_cross_entropy_sum(rows, weight, labels, bias, cap, ignore_index, needs, factors)[0]
     if reduction == "sum":
         return total
-    count = (labels != ignore_index).sum()
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+    kept = labels != ignore_index
+    count = kept.sum() if factors is None else (factors * kept).sum()
+    return torch.where(count > 0, total / torch.where(count > 0, count, 1), torch.nan)
 
 
 @torch.no_grad()
@@ -126,6 +132,17 @@ def _prepare(
     return x.reshape(targets.numel(), x.shape[-1]), weight, targets.reshape(-1), bias, float(softcap or 0.0)
 
 
+def _factors(row_weights: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """Checked row weights as the operators want them."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if row_weights.shape != targets.shape or row_weights.dtype != dtype or row_weights.device != rows.device:
+        raise ValueError(
+            f"linear_cross_entropy: row_weights must be {dtype} of shape {[*targets.shape]} on {rows.device}, "
+            f"got {row_weights.dtype} of {[*row_weights.shape]} on {row_weights.device}"
+        )
+    return row_weights.detach().reshape(-1)
+
+
 class _Sweep(NamedTuple):
     total: Tensor
     losses: Tensor
@@ -165,7 +182,7 @@ def _sweep(
             logits = _gemm.linear(part, weight, bias)
             chunk_weights = None if row_weights is None else row_weights[chunk]
             loss, best = softmax_cross_entropy_(logits, targets[chunk], chunk_weights, softcap, any(needs))
-            total += loss.sum(dtype=torch.float64)
+            total += (loss if chunk_weights is None else loss * chunk_weights).sum(dtype=torch.float64)
             losses[chunk], predictions[chunk] = loss, best
             if need_x:
                 dx[chunk] = _gemm.linear_grad(logits, weight)
@@ -195,9 +212,10 @@ def linear_cross_entropy_sum(
     softcap: float,
     ignore_index: int,
     needs: list[bool],
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses, and its gradients by x, weight and bias where ``needs`` asks for them."""
-    result = _sweep(x, weight, targets, bias, softcap, ignore_index, needs)
+    """The sum of the weighted losses, and its gradients by x, weight and bias where ``needs`` asks for them."""
+    result = _sweep(x, weight, targets, bias, softcap, ignore_index, needs, row_weights)
     return result.total, result.dx, result.dweight, result.dbias
 
 
@@ -210,12 +228,13 @@ def _(
     softcap: float,
     ignore_index: int,
     needs: list[bool],
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *_fake_grads(x, weight, needs)
 
 
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, ctx.needs = inputs
+    ctx.needs = inputs[6]
     _, *grads = output
     ctx.mark_non_differentiable(*grads)
     ctx.save_for_backward(*grads)
@@ -223,7 +242,7 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _sum_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias = (g * grad if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
-    return dx, dweight, None, dbias, None, None, None
+    return dx, dweight, None, dbias, None, None, None, None
 
 
 linear_cross_entropy_sum.register_autograd(_sum_backward, setup_context=_sum_setup_context)

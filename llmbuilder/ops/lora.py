@@ -250,7 +250,10 @@ def _base_first_backward(
 def _update_first_backward(
     x: Tensor, dY: Tensor, weight: Tensor | None, dS: Tensor, A: Tensor, mask: tuple[int, Tensor, int], need_x: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dA and, where x needs it, dX: the update's first, the base's added by the library's product."""
+    """dA and, where x needs it, dX: the update's first, the base's added by the library's product; or all in one."""
+    if need_x and weight is not None and _paths.fused(dY, weight.t(), len(A)):
+        dA, _ = _backend.serve("lora_grad_ax", x)(x, dS, A, *mask, False)
+        return dA, _backend.serve("lora_fused_grad", x)(dY, weight, dS, A, *mask)
     dA, dX = _backend.serve("lora_grad_ax", x)(x, dS, A, *mask, need_x)
     if dX is not None and weight is not None:
         dX.addmm_(dY, weight)

@@ -61,6 +61,11 @@ def lora_grad_ax(
     return lora_grad_ax_(x, dS, A, threshold, seed, stream, dX), dX
 
 
+def lora_fused_grad(dY: Tensor, W: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
+    """dX = dY W + drop'(dS A)."""
+    return (dY @ W).add_(_dropped(dS @ A, threshold, seed, stream))
+
+
 def ewc_penalty_(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor] | None, strength: float) -> Tensor:
     """Adds strength · F(θ - θ*) to each ``.grad``, and returns strength/2 Σ F(θ - θ*)²."""
     total = torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)

@@ -97,14 +97,14 @@ class Emulator:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """The kernels are the backend `cuda`, for tensors on the CPU."""
-        from llmbuilder.ops import _cuda
+        from llmbuilder.ops import _backend
 
         def registering(tensor: Tensor) -> int:
             self.register(tensor)
             return _address(tensor)
 
         with ExitStack() as stack:
-            stack.enter_context(_cuda.replaced(self.module()))
+            stack.enter_context(_backend.emulated(self.module()))
             stack.enter_context(mock.patch.object(Tensor, "data_ptr", registering))
             stack.callback(self.forget)
             yield
