@@ -15,8 +15,10 @@ def emulator() -> Emulator:
     """
     if reason := why_not():
         pytest.skip(reason)
-    only = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in os.environ.get("GPUSIM_ONLY", "").split(",") if name]
-    return Emulator(build(only or None))
+    only = os.environ.get("GPUSIM_ONLY")
+    csrc = ROOT / "csrc"
+    kernels = [csrc / "cuda" / f"{name}.cu" for name in only.split(",")] if only else []
+    return Emulator(build([csrc / "bindings.cpp", *kernels] if only else None))
 
 
 @pytest.fixture

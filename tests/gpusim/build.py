@@ -53,21 +53,19 @@ def compiler() -> str:
 
 
 def build(
-    kernels: Iterable[Path] | None = None,
+    sources: Iterable[Path] | None = None,
     *,
     variant: str = "plain",
     csrc: Path = ROOT / "csrc",
-    bindings: Path | None = None,
     defines: Sequence[str] = (),
     cache: Path = ROOT / "build" / "emulated",
 ) -> Path:
-    """The shared library of ``kernels`` (default: all of csrc/cuda/*.cu) with ``bindings`` (default: csrc/bindings.cpp).
+    """The shared library of ``sources``: by default csrc/bindings.cpp and csrc/cuda/*.cu, which make a Python module.
 
-    With some of the kernels alone, the launchers of the others end the process. ``csrc`` may be a changed copy, and
-    ``defines`` are further macros, as "NAME" or "NAME=VALUE".
+    Launchers that the bindings need and ``sources`` lacks end the process when called. ``csrc`` may be a changed copy,
+    and ``defines`` are further macros, as "NAME" or "NAME=VALUE".
     """
-    kernels = sorted((csrc / "cuda").glob("*.cu")) if kernels is None else kernels
-    sources = [bindings or csrc / "bindings.cpp", *kernels]
+    sources = [csrc / "bindings.cpp", *sorted((csrc / "cuda").glob("*.cu"))] if sources is None else sources
     flags = [*COMMON, *(f"-D{define}" for define in defines)]
     include = [HERE, csrc, csrc / "include"]
     objects = [_compile(source, [*flags, *VARIANTS[variant], *WARNINGS], include, cache) for source in sources]

@@ -143,8 +143,10 @@ class Emulator:
 
     @contextmanager
     def recording(self, **tensors: Tensor) -> Iterator[list[Launch]]:
-        """Launches made in the context, in the list when it ends; traffic by the names of these tensors, others by dtype
-        and shape."""
+        """Launches made in the context, in the list when it ends.
+
+        Traffic is listed by the names of these tensors, or by dtype and shape.
+        """
         launches: list[Launch] = []
         self._names = {_address(tensor): name for name, tensor in tensors.items()}
         self._library.gpusim_record(1)
