@@ -18,6 +18,7 @@
 // shared arrays, is the sanitizers' to watch: the build variants asan and tsan (build.py). TSan is told of barriers and
 // __syncwarp alone: what passes between threads without one is a race to it, and so is anything between two blocks.
 //
+// A warp carries out one operation at a time: two halves with masks of their own at once count as diverged.
 // Not modelled: weak memory ordering, the order of a real mma's additions, __threadfence and protocols between blocks.
 #pragma once
 #include <cstddef>

@@ -81,7 +81,11 @@ class Emulator:
         spec.loader.exec_module(bindings)
         module = ModuleType("_emulated")
         for name, value in vars(bindings).items():
-            launches = callable(value) and not isinstance(value, type) and not name.endswith(("_workspace", "_bytes"))
+            launches = (
+                callable(value)
+                and not isinstance(value, type)
+                and not name.endswith(("_workspace", "_bytes", "_table"))
+            )
             setattr(module, name, self._forgetting(value) if launches else value)
         return module
 

@@ -25,7 +25,7 @@ uint16_t float_to_half(float value) {
   if (std::isnan(value)) return 0x7fff;
   const uint16_t sign = uint16_t(bits_of(value) >> 16 & 0x8000u);
   const float size = std::fabs(value);
-  if (size == 0) return sign;                     // frexp gives it the exponent of a half
+  if (size == 0) return sign;                   // frexp gives it the exponent of a half
   if (size >= 65520.0f) return sign | 0x7c00u;  // beyond half way from the largest to the next
   int exponent;
   std::frexp(size, &exponent);                    // size < 2^exponent
