@@ -114,12 +114,12 @@ class Emulator:
             yield
 
     def register(self, tensor: Tensor, name: str | None = None) -> None:
-        """Kernels may touch this tensor. A matrix with unit column stride is known row by row, others from their first
+        """Kernels may touch this tensor. A matrix whose rows lie apart is known row by row, others from their first
         element to their last."""
         address, size = _address(tensor), tensor.element_size()
         if tensor.numel() == 0:
             return
-        if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:
+        if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) > tensor.shape[1]:
             rows, row_bytes, stride = tensor.shape[0], tensor.shape[1] * size, tensor.stride(0) * size
         else:
             rows = 1
