@@ -40,16 +40,17 @@ def read_config(args: Namespace) -> FineTuningConfig:
 
 
 def _value(name: str, text: Any) -> Any:
-    """What a flag says: `none` is None, one name is no list, and --lora-config takes a mapping in YAML's words."""
+    """What a flag says: `none` is None, one name is no list, and mappings and pairs come in YAML's words."""
     if isinstance(text, list) and len(text) == 1:
         (text,) = text
     if text == "none":
         return None
-    if name != "lora_config":
+    if not rows()[name].is_yaml:
         return text
     import yaml
 
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--lora-config {text!r} is no mapping: {' '.join(str(error).split())}") from None
+        flag = f"--{name.replace('_', '-')}"
+        raise ConfigError(f"{flag} {text!r} is not YAML: {' '.join(str(error).split())}") from None

@@ -41,13 +41,14 @@ def collate(
     it.
 
     Args:
-        examples: dicts of ``input_ids`` and ``labels``, equally long lists.
+        examples: dicts of ``input_ids`` and ``labels``, equally long lists; ``weights``, as long, where any has them.
         collator: ``default`` or ``packing``.
         pad_id: fills ``input_ids``. Padding is masked by length, so this may be the end-of-text token.
         max_length: longest row; None: the longest example's length.
 
     Returns:
-        int64 tensors ``input_ids`` [B, T] and ``labels`` [B, T] (-100 at padding). For ``default``, ``attention_mask``
+        int64 tensors ``input_ids`` [B, T] and ``labels`` [B, T] (-100 at padding); ``weights`` [B, T] float32 where an
+        example has them (1 elsewhere). For ``default``, ``attention_mask``
         [B, T], int64 of 0 and 1. For ``packing``, ``attention_mask`` [B, 1, T, T], bool, True = may attend (padding
         attends to itself, so that no row of the mask is empty), and ``position_ids`` [B, T], int64.
 
@@ -77,12 +78,15 @@ def _padded(examples: Sequence[Mapping[str, Any]], width: int, pad_id: int) -> d
         "input_ids": torch.full(shape, pad_id, dtype=torch.int64),
         "labels": torch.full(shape, IGNORED, dtype=torch.int64),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        **_unit_weights(examples, shape),
     }
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
         batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"])
         batch["labels"][row, :length] = torch.as_tensor(example["labels"])
         batch["attention_mask"][row, :length] = 1
+        if "weights" in example:
+            batch["weights"][row, :length] = torch.as_tensor(example["weights"])
     return batch
 
 
@@ -95,6 +99,7 @@ def _packed(examples: Sequence[Mapping[str, Any]], room: int, pad_id: int) -> di
         "labels": torch.full((rows, width), IGNORED, dtype=torch.int64),
         "attention_mask": torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1, 1),
         "position_ids": torch.zeros((rows, width), dtype=torch.int64),
+        **_unit_weights(examples, (rows, width)),
     }
     for (row, start), example in zip(places, examples, strict=True):
         length = len(example["input_ids"])
@@ -104,7 +109,14 @@ def _packed(examples: Sequence[Mapping[str, Any]], room: int, pad_id: int) -> di
         batch["labels"][row, start] = IGNORED
         batch["attention_mask"][row, 0, span, span] = torch.ones(length, length, dtype=torch.bool).tril()
         batch["position_ids"][row, span] = torch.arange(length)
+        if "weights" in example:
+            batch["weights"][row, span] = torch.as_tensor(example["weights"])
     return batch
+
+
+def _unit_weights(examples: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Weights of 1 to write those of the examples over, where any has them."""
+    return {"weights": torch.ones(shape)} if any("weights" in example for example in examples) else {}
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeAlias, TypedDict
+from typing import Any, NotRequired, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,12 @@ Marks: TypeAlias = NDArray[np.bool_]
 
 
 class Example(TypedDict):
-    """``labels[i]`` is ``input_ids[i]`` or -100; the shift by one happens in the loss."""
+    """``labels[i]`` is ``input_ids[i]`` or -100; the shift by one happens in the loss. ``weights[i]`` is the factor of
+    the loss of ``labels[i]``; 1 where an example has none."""
 
     input_ids: list[int]
     labels: list[int]
+    weights: NotRequired[list[float]]
 
 
 GenerationPair: TypeAlias = tuple[list[int], str]

@@ -37,7 +37,7 @@ class FineTuningConfig(MethodRows, ForgettingRows, RunRows):
     @model_validator(mode="before")
     @classmethod
     def _settle(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        settings = settle_names(settings)
+        settings = ForgettingRows.implied(MethodRows.implied(settle_names(settings)))
         if settings.get("use_lora") is None:
             settings["use_lora"] = any(settings.get(name) is not None for name in LORA_SETTINGS)
         return settings
@@ -149,13 +149,6 @@ LORA_SETTINGS = ("lora_config", "target_modules", *(f"lora_{field}" for field in
 
 # Known by name, so that a configuration that needs one is refused and not half obeyed.
 NOT_YET = (
-    *("adaptation_method", "domain", "domain_weight", "preserve_general_knowledge"),
-    *("style_adaptation", "preserve_factual_knowledge", "preserve_base_capabilities", "validation_on_base_tasks"),
-    *("regularization_method", "regularization_strength", "continual_learning", "memory_buffer_size"),
-    *("replay_frequency", "fisher"),
-    *("progressive_unfreezing", "unfreeze_schedule", "learning_rate_schedule"),
-    *("multi_task", "task_weights", "shared_encoder", "task_specific_heads"),
-    *("special_tokens", "code_specific_loss", "syntax_aware_training"),
     *("fsdp", "deepspeed", "tensor_parallel", "load_in_4bit", "load_in_8bit", "quantization_config", "use_dora"),
 )
 

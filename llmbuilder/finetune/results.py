@@ -42,6 +42,7 @@ class Results:
         best_step: whose weights are kept; the last one, unless early stopping restored better ones.
         history: metrics.jsonl as a list.
         forgetting: with ``validation_on_base_tasks``, how much the loss on the base tasks has risen, in nats a token.
+        domain: what the domain is called, where one is named.
     """
 
     base_perplexity: float
@@ -53,6 +54,7 @@ class Results:
     best_step: int
     history: list[dict[str, Any]] = field(repr=False)
     forgetting: float | None = None
+    domain: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as in results.json: without the history, the time in seconds."""

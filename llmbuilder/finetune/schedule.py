@@ -16,10 +16,17 @@ class Schedule:
         cosine      peak * (m + (1 - m) * (1 + cos(pi * u)) / 2)
 
     The first step of the warm-up already moves the weights. W is ``warmup_steps``, or ``warmup_ratio`` of T rounded up.
+    The peak is ``learning_rate``; with a ``learning_rate_schedule`` that of the step's epoch.
+
+    Args:
+        config: the settings.
+        total_steps: T.
+        steps_per_epoch: by which a step's epoch is known.
     """
 
-    def __init__(self, config: FineTuningConfig, total_steps: int) -> None:
-        self.peak = config.learning_rate
+    def __init__(self, config: FineTuningConfig, total_steps: int, steps_per_epoch: int) -> None:
+        self.rates = [(0, config.learning_rate), *(config.learning_rate_schedule or [])]
+        self.steps_per_epoch = steps_per_epoch
         self.course = config.scheduler
         self.floor = config.min_lr_ratio
         self.total = total_steps
@@ -27,10 +34,12 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """The rate of a step, the first one being 0."""
+        epoch = step // self.steps_per_epoch
+        peak = [rate for start, rate in self.rates if start <= epoch][-1]
         if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
+            return peak * (step + 1) / self.warmup
         if self.course == "constant":
-            return self.peak
+            return peak
         u = (step - self.warmup) / (self.total - self.warmup)
         left = 1.0 - u if self.course == "linear" else (1.0 + math.cos(math.pi * u)) / 2.0
-        return self.peak * (self.floor + (1.0 - self.floor) * left)
+        return peak * (self.floor + (1.0 - self.floor) * left)

@@ -34,6 +34,7 @@ class Row:
     changes_weights: bool
     is_switch: bool  # --name and --no-name
     is_list: bool
+    is_yaml: bool  # a mapping or pairs, which the command line takes in YAML's words
 
 
 def rows() -> dict[str, Row]:
@@ -54,6 +55,7 @@ def rows() -> dict[str, Row]:
             changes_weights=extra["changes_weights"],
             is_switch=kinds == [bool],
             is_list=list[str] in kinds,
+            is_yaml=_type_text(kinds[0]) in ("mapping", "pairs"),
         )
     return table
 
@@ -72,9 +74,11 @@ def settings_page() -> str:
 def _type_text(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {bool: "switch", int: "int", float: "float", str: "text", Path: "path", list[str]: "names", Any: "mapping"}[
-        kind
-    ]
+    if get_origin(kind) is dict:
+        return "mapping"
+    if get_origin(kind) is list:
+        return "names" if kind == list[str] else "pairs"
+    return {bool: "switch", int: "int", float: "float", str: "text", Path: "path", Any: "mapping"}[kind]
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class FineTuner:
         self._past, self._task_ended = self._recall(continue_from), False
 
         self.device = place(model, self.config)
-        self.methods = Methods(make_methods(self.config))
+        self.methods = Methods(make_methods(self.config, self._past, base_val_dataset is not None))
         self.run = Run(
             model,
             self.config.seed,
@@ -140,7 +140,7 @@ class FineTuner:
         window = self.config.gradient_accumulation_steps
         steps_per_epoch = math.ceil(len(self._plan(0)) / window)
         self.total_steps = self.config.max_steps or self.config.num_epochs * steps_per_epoch
-        self.schedule = Schedule(self.config, self.total_steps)
+        self.schedule = Schedule(self.config, self.total_steps, steps_per_epoch)
         self.progress = Progress()
         self._epoch = 0.0
         self._best: dict[str, Tensor] = {}

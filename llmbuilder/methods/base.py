@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..data import collate
+from ..data.examples import IGNORED
 
 Example = Mapping[str, list[int]]
 Key = tuple[str, int]
@@ -43,6 +44,21 @@ class Batch:
     tensors: dict[str, Tensor]
     keys: list[Key]
     targets: int
+
+    def where(self, wanted: Callable[[Key], bool]) -> "Batch | None":
+        """The rows of some keys as a batch of its own, no wider than it must be; None where there is none of them.
+
+        Of a padded batch, whose rows are its examples (a packed one's are not).
+        """
+        rows = [row for row, key in enumerate(self.keys) if wanted(key)]
+        if not rows:
+            return None
+        if len(rows) == len(self.keys):
+            return self
+        width = int(self.tensors["attention_mask"][rows].sum(1).max())
+        tensors = {name: tensor[rows, :width] for name, tensor in self.tensors.items()}
+        targets = int((tensors["labels"][:, 1:] != IGNORED).sum())
+        return Batch(tensors, [self.keys[row] for row in rows], targets)
 
 
 @dataclass

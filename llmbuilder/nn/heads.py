@@ -7,7 +7,7 @@ layer's weight, bias and soft cap, to ``ops.linear_cross_entropy``.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,8 @@ class LanguageHead:
 
     A batch holds ``input_ids`` [B, T], ``labels`` [B, T] (the token at the same position, -100 where it is not learnt;
     the shift happens here: position t predicts label t + 1), and what else the model's forward takes:
-    ``attention_mask`` ([B, T] of 0 and 1, or [B, 1, T, T] boolean with True = may attend) and ``position_ids``.
+    ``attention_mask`` ([B, T] of 0 and 1, or [B, 1, T, T] boolean with True = may attend) and ``position_ids``. It may
+    also hold ``weights`` [B, T] float32, the factor of the loss of the label at the same position.
 
     Ways, chosen at the first call by a probe that costs a forward pass of two tokens:
 
@@ -49,16 +50,45 @@ class LanguageHead:
         self.model = model
 
     def loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """The summed cross-entropy of a batch, a float32 scalar with its gradient, and the number of targets."""
+        """The summed cross-entropy of a batch, weighted where it has weights: a float32 scalar with its gradient; and
+        the number of targets."""
         states, targets = self.target_states(batch)
+        factors = batch["weights"][:, 1:][batch["labels"][:, 1:] != IGNORED] if "weights" in batch else None
         head = self._plain_head()
         if head is not None:
-            total = linear_cross_entropy(states, head.weight, targets, head.bias, self._softcap, reduction="sum")
+            total = linear_cross_entropy(
+                *(states, head.weight, targets, head.bias, self._softcap), reduction="sum", row_weights=factors
+            )
             return total, len(targets)
         total = states.new_zeros((), dtype=torch.float32)
-        for chunk, wanted in self._chunks(states, targets):
-            total = total + checkpoint(self._chunk_loss, chunk, wanted, use_reentrant=False)
+        factors = torch.ones_like(targets, dtype=torch.float32) if factors is None else factors
+        for chunk, wanted, factor in self._chunks(states, targets, factors):
+            total = total + checkpoint(self._chunk_loss, chunk, wanted, factor, use_reentrant=False)
         return total, len(targets)
+
+    def divergence_sum(
+        self, batch: Mapping[str, Tensor], base: "LanguageHead", switched: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """KL(base || model) in nats, summed over the positions that predict a target; a float32 scalar.
+
+        Args:
+            batch: as elsewhere; of ``labels`` it only matters where there are any.
+            base: what to stay close to: evaluated without gradients, in evaluation mode.
+            switched: a context in which ``base`` computes what it should, for a base that is the same model.
+        """
+        with torch.no_grad(), _undisturbed(base.model), switched():
+            base_states, _ = base.target_states(batch)
+        states, _ = self.target_states(batch)
+
+        def divergence(states: Tensor, base_states: Tensor) -> Tensor:
+            with torch.no_grad(), switched():
+                wanted = base._project(base_states).log_softmax(-1)
+            return F.kl_div(self._project(states).log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+        total = states.new_zeros((), dtype=torch.float32)
+        for chunk, base_chunk in self._chunks(states, base_states):
+            total = total + checkpoint(divergence, chunk, base_chunk, use_reentrant=False)
+        return total
 
     @torch.no_grad()
     def score(self, batch: Mapping[str, Tensor]) -> tuple[float, int, int]:
@@ -75,6 +105,11 @@ class LanguageHead:
             correct += int((logits.argmax(-1) == wanted).sum())
         return loss, correct, len(targets)
 
+    def target_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """float32 logits [n, V] for each target, and the targets [n]; with gradients, and the memory that takes."""
+        states, targets = self.target_states(batch)
+        return self._project(states), targets
+
     def target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What predicts each target, [n, K], and the targets, [n]: hidden states, or logits where the probe failed.
 
@@ -89,7 +124,7 @@ class LanguageHead:
         return self._target_states(batch)
 
     def _target_states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
         inputs |= _no_cache(self.model)
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 4:
             inputs["attention_mask"] = _packing_mask(self.model, mask)
@@ -130,12 +165,13 @@ class LanguageHead:
         logits = states if head is None else _capped(head(states), self._softcap)
         return logits.float()
 
-    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self._project(states), targets, reduction="sum")
+    def _chunk_loss(self, states: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
+        return (factors * F.cross_entropy(self._project(states), targets, reduction="none")).sum()
 
-    def _chunks(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The same rows of several tensors, as many as may have logits at once."""
         rows = chunk_rows(_text_config(self.model).vocab_size, torch.float32)
-        return zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
+        return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
     @cached_property
     def _is_interceptable(self) -> bool:

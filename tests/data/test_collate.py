@@ -50,6 +50,15 @@ def test_packing_by_hand():
     ]
 
 
+@pytest.mark.parametrize("collator", ["default", "packing"])
+def test_weights_stand_at_their_labels_and_are_one_elsewhere(collator):
+    examples = [{"input_ids": [1, 2], "labels": [1, 2], "weights": [0.5, 0.25]}, {"input_ids": [3], "labels": [3]}]
+    batch = collate(examples, collator, max_length=4)
+    assert batch["weights"].dtype == torch.float32 and batch["weights"].shape == batch["labels"].shape
+    assert batch["weights"].tolist() == ([[0.5, 0.25], [1, 1]] if collator == "default" else [[0.5, 0.25, 1]])
+    assert "weights" not in collate(examples[1:], collator)
+
+
 def test_packed_padding_attends_to_itself_alone():
     batch = collate([example(1, 2, 3), example(4)], "packing", pad_id=9, max_length=3)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]

@@ -169,6 +169,31 @@ def test_a_head_with_lora_of_its_own(make, family, shuffle, monkeypatch):
     check_equal(model, batch_of(9, 6, 8))
 
 
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_weights_are_factors_of_the_targets_losses(make, shuffle, monkeypatch, with_lora):
+    """By the fused operator and by chunks; a weight belongs to the label at its position."""
+    monkeypatch.setattr(heads_module, "chunk_rows", lambda vocabulary, dtype: 5)
+    model, batch = make("llama"), batch_of(9, 5, 7)
+    if with_lora:
+        add_lora(model, LoRAConfig(rank=4, target_modules=["lm_head", "q_proj"]))
+        shuffle(model)
+    weights = torch.rand(batch["labels"].shape)
+    logits, targets, plain = whole(model, batch)
+    factors = weights[:, 1:][batch["labels"][:, 1:] != -100]
+    expected = (F.cross_entropy(logits, targets, reduction="none") * factors).sum()
+    total, count = LanguageHead(model).loss_sum(batch | {"weights": weights})
+    assert count == len(targets)
+    torch.testing.assert_close(total, expected, rtol=2e-5, atol=1e-5)
+    right = gradients(model, expected)
+    got = gradients(model, total)
+    assert got.keys() == right.keys()
+    for name, grad in got.items():
+        assert (grad - right[name]).norm() <= 2e-5 * right[name].norm() + 1e-6, name
+    ones, _ = LanguageHead(model).loss_sum(batch | {"weights": torch.ones_like(weights)})
+    assert torch.equal(ones, LanguageHead(model).loss_sum(batch)[0])
+    assert not torch.allclose(total, plain)
+
+
 @pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}, {}])
 def test_models_that_peft_wrapped(make, options):
     model = get_peft_model(make("llama"), LoraConfig(r=4, task_type="CAUSAL_LM", **options))

@@ -415,3 +415,35 @@ def test_what_does_not_fit_is_named(change, message):
     x, weight, targets, _ = problem(8, 11, 4, bias=False)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**({"x": x, "weight": weight, "targets": targets} | change))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_row_weights_are_factors_of_the_losses(backend, reduction):
+    inputs, factors = problem(40, 17, 8), torch.rand(40) * 3
+    incoming = incoming_for(reduction, inputs[2])
+
+    def weighted(*inputs):
+        losses = whole(*inputs, reduction="none") * factors
+        kept = inputs[2] != -100
+        return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / factors[kept].sum()}[reduction]
+
+    found = results(linear_cross_entropy, inputs, incoming, reduction=reduction, row_weights=factors)
+    for one, other in zip(found, results(weighted, inputs, incoming), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_row_weights_of_one_change_no_bit(dtype, reduction):
+    inputs = problem(300, 501, 24, dtype)
+    incoming = incoming_for(reduction, inputs[2])
+    plain = results(linear_cross_entropy, inputs, incoming, reduction=reduction)
+    ones = results(linear_cross_entropy, inputs, incoming, reduction=reduction, row_weights=torch.ones(300))
+    assert all(torch.equal(one, other) for one, other in zip(plain, ones, strict=True))
+
+
+@pytest.mark.parametrize("factors", [torch.ones(3), torch.ones(4, dtype=torch.bfloat16)])
+def test_row_weights_that_do_not_fit_are_named(factors):
+    x, weight, targets, _ = problem(4, 5, 6)
+    with pytest.raises(ValueError, match=r"row_weights must be torch.float32 of shape \[4\]"):
+        linear_cross_entropy(x, weight, targets, row_weights=factors)
