@@ -9,7 +9,7 @@ namespace llmbuilder::gpu {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int GRID_Y = 65535;  // as many as a grid has in y
+constexpr int GRID_Y = 4096;  // enough for the largest GPU, and each block then has a few rows for one seed
 
 /// How a matrix is cut into calls of eight columns: x of the grid runs along the columns, y over the rows, and again
 /// over the rows below where there are more. A block is one row's calls, or several rows where rows are short.

@@ -2,7 +2,7 @@
 //
 // The tensors are cut into chunks that never straddle two; a block takes one. Which tensor holds a chunk stands in a
 // table in the GPU's memory, which the host writes once for the same tensors. Traffic: theta, anchor, F and gradient
-// read once, the gradient written once; the table's first column read by every block, 8 bytes of partial value a chunk.
+// read once, the gradient written once; and 8 bytes of partial value a chunk.
 #include "cuda/elements.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.h"
@@ -37,16 +37,23 @@ struct Chunk {
   int64_t begin, size;
 };
 
-/// The block's chunk, looked for by all its threads; just one finds it.
+/// The block's chunk. One thread looks it up for all; the upper levels of the search stay in the first-level cache.
 DEVICE Chunk find_chunk(const Table& table) {
-  SHARED(found, int64_t);
-  const int64_t chunk = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < table.count; i += THREADS)
-    if (load(table.first_chunk + i) <= chunk && chunk < load(table.first_chunk + i + 1)) found = i;
+  SHARED(chunk, Chunk);
+  if (threadIdx.x == 0) {
+    const int64_t index = blockIdx.x;
+    int64_t low = 0, high = table.count;  // the last tensor that begins at or before the chunk: empty ones come earlier
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (load(table.first_chunk + middle) <= index ? low : high) = middle;
+    }
+    chunk.tensor = table.tensor(low);
+    chunk.begin = (index - load(table.first_chunk + low)) * CHUNK;
+    const int64_t rest = chunk.tensor.size - chunk.begin;
+    chunk.size = rest < CHUNK ? rest : CHUNK;
+  }
   __syncthreads();
-  const EwcTensor tensor = table.tensor(found);
-  const int64_t begin = (chunk - load(table.first_chunk + found)) * CHUNK, rest = tensor.size - begin;
-  return {tensor, begin, rest < CHUNK ? rest : CHUNK};
+  return chunk;
 }
 
 /// Calls f(element, valid) for each eight elements of the chunk, of which the last may be fewer.

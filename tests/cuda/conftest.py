@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels for the tests here; tests/ops/conftest.py has the rule for errors."""
+"""The emulated CUDA kernels for the tests here; tests/conftest.py has the rule for errors."""
 
 import os
 
