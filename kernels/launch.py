@@ -26,22 +26,34 @@ def launch(
     def grid(chosen: dict[str, Any]) -> tuple[int]:
         return (programs(chosen) if callable(programs) else programs,)
 
-    with torch.cuda.device_of(on):
+    with torch.cuda.device_of(on):  # type: ignore[no-untyped-call]
         kernel[grid](*arguments, **meta, enable_fp_fusion=True)
 
 
-def tuned(configs: Sequence[triton.Config], key: list[str], restore: list[str] | None = None) -> Callable[..., Any]:
+def tuned(
+    configs: Sequence[triton.Config],
+    key: list[str],
+    fits: Callable[[dict[str, Any]], bool],
+    restore: list[str] | None = None,
+) -> Callable[..., Any]:
     """Triton's autotuner: the fastest of ``configs`` for each value of ``key``, remembered on disk where it can be.
 
-    Configs differ in nothing that changes the order of a sum, so that the bits of a result do not depend on the choice.
-    Interpreted, the first config serves. ``restore`` names what the kernel changes in place.
+    ``fits`` takes a launch's arguments and constants by name, and says whether it is worth compiling: whether what a
+    thread must hold goes into its registers. Configs differ in nothing that changes the order of a sum, so that the
+    bits of a result do not depend on the choice. Interpreted, the first config serves. ``restore`` names what the
+    kernel changes in place.
     """
+
+    def prune(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
+        _refuse_capture()
+        return [config for config in configs if fits({**arguments, **meta, **config.all_kwargs()})]
+
     known = inspect.signature(triton.autotune).parameters
     remembered = {"cache_results": True} if "cache_results" in known else {}
     return triton.autotune(
         configs=list(configs[:1] if os.environ.get("TRITON_INTERPRET") == "1" else configs),
         key=key,
-        prune_configs_by={"early_config_prune": _prune},
+        prune_configs_by={"early_config_prune": prune},
         restore_value=restore,
         **remembered,
     )
@@ -53,17 +65,19 @@ def size_class(rows: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are computed: exactly, unless torch's own setting for products allows tf32."""
+    """How products are computed: by FMA ("ieee") in fp32, unless torch's own setting for products allows tf32.
+
+    Narrow dtypes have but one way, on tensor cores, and answer "tf32" too.
+    """
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "ieee" if dtype == torch.float32 and not allowed else "tf32"
 
 
-def _prune(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """All of them; this is where tuning begins, which runs and times kernels, and that can't be captured in a graph."""
+def _refuse_capture() -> None:
+    """Tuning runs and times kernels, which can't be captured in a graph."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise LLMBuilderError(
             "a Triton kernel meets this shape for the first time inside the capture of a CUDA graph, where it can't be "
             "tuned; run the same step once before the capture"
         )
-    return configs

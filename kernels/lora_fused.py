@@ -11,21 +11,21 @@ from triton import Config
 
 from . import mask
 from .launch import launch, precision, size_class, tuned
-from .mask import keep_tile
-from .tiles import load_tile, padded, store_tile
+from .lora_expand import update_tile
+from .tiles import inner, load_tile, padded, per_thread, store_tile
 
-RANK_STEP = 64  # of the rank, that a product takes in at a time
 GROUP = 8  # rows of tiles that are worked on together, so that W's tiles stay in the second cache
 
 
 @tuned(
     [
-        Config({"ROWS": 64, "COLUMNS": 64, "INNER": 32}, num_warps=4, num_stages=3),
-        Config({"ROWS": 128, "COLUMNS": 128, "INNER": 32}, num_warps=8, num_stages=3),
-        Config({"ROWS": 128, "COLUMNS": 128, "INNER": 64}, num_warps=8, num_stages=3),
-        Config({"ROWS": 128, "COLUMNS": 256, "INNER": 64}, num_warps=8, num_stages=3),
+        Config({"ROWS": 64, "COLUMNS": 64}, num_warps=4, num_stages=3),
+        Config({"ROWS": 128, "COLUMNS": 64}, num_warps=4, num_stages=3),
+        Config({"ROWS": 128, "COLUMNS": 128}, num_warps=8, num_stages=3),
+        Config({"ROWS": 128, "COLUMNS": 128}, num_warps=8, num_stages=4),
     ],
     key=["N", "K", "r", "rows_class", "DROP"],
+    fits=lambda tile: per_thread(tile, tile["ROWS"] * tile["COLUMNS"]) <= (32 if tile["PRECISION"] == "ieee" else 64),
 )
 @triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])
 def fused_kernel(
@@ -42,17 +42,10 @@ def fused_kernel(
     tile_n = program % (GROUP * tiles_n) // height
     rows = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tile_n.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, RANK, STEP):
-        ranks = first + tl.arange(0, STEP)
-        left = load_tile(S, S_step, rows, ranks, M, r)
-        at = B + columns[None, :] * B_step + ranks[:, None] * B_next
-        right = tl.load(at, (columns < N)[None, :] & (ranks < r)[:, None], other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    total *= scaling
-    if DROP:
-        first_column = tile_n.to(tl.int64) * COLUMNS
-        total = tl.where(keep_tile(tl.load(seed), rows, first_column, stream, threshold, ROWS, COLUMNS), total, 0.0)
+    total = update_tile(
+        S, B, M, N, r, S_step, B_step, B_next, scaling, seed, stream, threshold, rows, tile_n.to(tl.int64) * COLUMNS,
+        DROP, ROWS, COLUMNS, RANK, STEP, PRECISION,
+    )  # fmt: skip
     if BIAS:
         total += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
     for first in range(0, K, INNER):
@@ -83,14 +76,15 @@ def _fused(
     y = x.new_empty(M, N)
     launch(
         fused_kernel,
-        lambda chosen: triton.cdiv(M, chosen["ROWS"]) * triton.cdiv(N, chosen["COLUMNS"]),
+        lambda tile: triton.cdiv(M, tile["ROWS"]) * triton.cdiv(N, tile["COLUMNS"]),
         x,
         *(y, x, W, bias, S, B, M, N, K, r, x.stride(0), *W.stride(), S.stride(0), *B.stride(), scaling),
         *(seed, stream, threshold, size_class(M)),
         DROP=threshold > 0,
         BIAS=bias is not None,
         RANK=padded(r),
-        STEP=min(padded(r), RANK_STEP),
+        STEP=min(padded(r), inner(r, x.dtype)),
+        INNER=inner(1, x.dtype),
         GROUP=GROUP,
         PRECISION=precision(x.dtype),
     )

@@ -9,19 +9,28 @@ from triton import Config
 
 from . import mask
 from .launch import launch, precision, size_class, tuned
+from .lora_expand import expand
 from .mask import keep_tile
 from .sums import sum_parts
-from .tiles import load_tile, padded, store_tile
+from .tiles import load_tile, padded, per_thread, store_tile
+
+# Above, A's tile leaves no registers for a combined pass: dX gets a launch of its own, x is still read but once.
+ONE_PASS_RANK = 32
 
 
 @tuned(
     [
-        Config({"ROWS": 32, "COLUMNS": 64}, num_warps=4, num_stages=2),
-        Config({"ROWS": 64, "COLUMNS": 64}, num_warps=4, num_stages=2),
-        Config({"ROWS": 32, "COLUMNS": 128}, num_warps=4, num_stages=3),
-        Config({"ROWS": 64, "COLUMNS": 128}, num_warps=8, num_stages=3),
+        Config({"ROWS": 16, "COLUMNS": 64}, num_warps=4, num_stages=3),
+        Config({"ROWS": 32, "COLUMNS": 64}, num_warps=4, num_stages=3),
+        Config({"ROWS": 32, "COLUMNS": 64}, num_warps=8, num_stages=3),
+        Config({"ROWS": 64, "COLUMNS": 128}, num_warps=8, num_stages=2),
+        Config({"ROWS": 16, "COLUMNS": 64}, num_warps=8, num_stages=3),
     ],
     key=["K", "r", "rows_class", "DROP", "NEED_X"],
+    fits=lambda tile: (
+        tile["ROWS"] <= (16 if tile["PRECISION"] == "ieee" else 64)
+        and per_thread(tile, tile["RANK"] * tile["COLUMNS"]) <= 64
+    ),
 )
 @triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])
 def grad_ax_kernel(
@@ -62,7 +71,10 @@ def lora_grad_ax(
     """dA[r, K] = dSᵀ drop(x) in fp32, and dX[M, K] = drop'(dS A) in x's dtype where it is needed, else None."""
     dA = torch.empty(A.shape, device=A.device)
     dX = x.new_empty(x.shape) if need_x else None
-    grad_ax(x, dS, A, dA, dA.stride(), dX, mask.scale(threshold), threshold, seed, stream)
+    scale, combined = mask.scale(threshold), A.shape[0] <= ONE_PASS_RANK
+    grad_ax(x, dS, A, dA, dA.stride(), dX if combined else None, scale, threshold, seed, stream)
+    if dX is not None and not combined:
+        expand(dX, dS, A.t(), None, scale, False, threshold, seed, stream)
     return dA, dX
 
 
@@ -76,7 +88,7 @@ def grad_ax(
     parts = dA.new_empty(triton.cdiv(M, rows), *dA.shape)
     launch(
         grad_ax_kernel,
-        lambda chosen: triton.cdiv(K, chosen["COLUMNS"]) * len(parts),
+        lambda tile: triton.cdiv(K, tile["COLUMNS"]) * len(parts),
         x,
         *(x, dS, A, parts, dX, M, K, r, x.stride(0), dS.stride(0), 0 if A is None else A.stride(0), *dA_steps),
         *(seed, stream, threshold, scale, rows, size_class(M)),

@@ -1,4 +1,4 @@
-"""dS = scaling dY B and dB = scaling dYᵀ S in Triton: in one pass over dY up to rank 32, in two above."""
+"""dS = scaling dY B and dB = scaling dYᵀ S in Triton: in one pass over dY up to rank 32, else in two."""
 
 # mypy: disable-error-code=no-untyped-def
 import torch
@@ -11,20 +11,22 @@ from .launch import launch, precision, size_class, tuned
 from .lora_grad_ax import grad_ax
 from .lora_shrink import shrink
 from .sums import sum_parts
-from .tiles import load_tile, padded, store_tile
+from .tiles import load_tile, padded, per_thread, store_tile
 
-ONE_PASS_RANK = 32  # above, the partial sums of two results cost more than to read dY again
+# Above, the partial sums of two results cost more than to read dY again; and products by FMA have no registers for it.
+ONE_PASS_RANK = 32
 # Of a program. Partial sums of dS are N/COLUMNS, those of dB M/PART_ROWS times as large as the result.
 PART_ROWS, COLUMNS = 512, 256
 
 
 @tuned(
     [
-        Config({"ROWS": 32}, num_warps=8, num_stages=2),
         Config({"ROWS": 32}, num_warps=4, num_stages=3),
+        Config({"ROWS": 32}, num_warps=8, num_stages=3),
         Config({"ROWS": 64}, num_warps=8, num_stages=2),
     ],
     key=["N", "r", "rows_class"],
+    fits=lambda tile: per_thread(tile, tile["RANK"] * COLUMNS) <= 64,
 )
 @triton.jit(do_not_specialize=["rows_class"])
 def grad_sb_kernel(
@@ -51,7 +53,7 @@ def grad_sb_kernel(
 def lora_grad_sb(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """dS[M, r] = scaling · dY[M, N] B[N, r] in dY's dtype, and dB[N, r] = scaling · dYᵀ S in fp32."""
     dB = torch.empty(B.shape, device=B.device)
-    if B.shape[1] <= ONE_PASS_RANK:
+    if B.shape[1] <= ONE_PASS_RANK and precision(dY.dtype) != "ieee":
         return _one_pass(dY, S, B, dB, scaling), dB
     grad_ax(dY, S, None, dB, (1, B.shape[1]), None, scaling)
     return shrink(dY, B.t(), scaling), dB

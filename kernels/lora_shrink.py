@@ -9,7 +9,7 @@ from triton import Config
 from . import mask
 from .launch import launch, precision, size_class, tuned
 from .mask import keep_tile
-from .tiles import inner, load_tile, padded, store_tile
+from .tiles import inner, load_tile, padded, per_thread, store_tile
 
 
 @tuned(
@@ -20,11 +20,12 @@ from .tiles import inner, load_tile, padded, store_tile
         Config({"ROWS": 128}, num_warps=8, num_stages=3),
     ],
     key=["K", "r", "rows_class", "DROP"],
+    fits=lambda tile: per_thread(tile, tile["ROWS"] * tile["RANK"]) <= 64,
 )
 @triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])
 def shrink_kernel(
     x, A, S, M, K, r, x_step, A_step, A_next, seed, stream, threshold, scale, rows_class,
-    DROP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of S a program. A's rows are A_step apart and its columns A_next."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -32,11 +33,11 @@ def shrink_kernel(
     total = tl.zeros((ROWS, RANK), tl.float32)
     if DROP:
         key = tl.load(seed)
-    for first in range(0, K, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
+    for first in range(0, K, INNER):
+        columns = first + tl.arange(0, INNER)
         value = load_tile(x, x_step, rows, columns, M, K)
         if DROP:
-            value = tl.where(keep_tile(key, rows, first, stream, threshold, ROWS, COLUMNS), value, 0.0)
+            value = tl.where(keep_tile(key, rows, first, stream, threshold, ROWS, INNER), value, 0.0)
         at = A + ranks[None, :].to(tl.int64) * A_step + columns[:, None].to(tl.int64) * A_next
         factor = tl.load(at, (columns < K)[:, None] & (ranks < r)[None, :], other=0.0)
         total = tl.dot(value, factor, total, input_precision=PRECISION)
@@ -56,11 +57,11 @@ def shrink(
     S = x.new_empty(M, r)
     launch(
         shrink_kernel,
-        lambda chosen: triton.cdiv(M, chosen["ROWS"]),
+        lambda tile: triton.cdiv(M, tile["ROWS"]),
         x,
         *(x, A, S, M, K, r, x.stride(0), *A.stride(), seed, stream, threshold, scale, size_class(M)),
         DROP=threshold > 0,
-        COLUMNS=inner(r, x.dtype),
+        INNER=inner(r, x.dtype),
         RANK=padded(r),
         PRECISION=precision(x.dtype),
     )

@@ -1,9 +1,13 @@
 """Tiles of matrices whose columns lie side by side and whose rows are `step` apart. Beyond the edge they are zero."""
 
 # mypy: disable-error-code=no-untyped-def
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from .launch import precision
 
 
 @triton.jit
@@ -25,5 +29,15 @@ def padded(rank: int) -> int:
 
 
 def inner(rank: int, dtype: torch.dtype) -> int:
-    """Columns of x and A that a product takes in at a time: few where the rank is large, for shared memory."""
+    """How much of a product's inner dimension is taken in at a time.
+
+    Products by FMA hold all of it in registers, tensor cores take it from shared memory, where the rank adds to it.
+    """
+    if precision(dtype) == "ieee":
+        return 16
     return 64 if padded(rank) * dtype.itemsize <= 256 else 32
+
+
+def per_thread(tile: dict[str, Any], elements: int) -> int:
+    """Elements of a program that each of its threads holds."""
+    return elements // (32 * tile["num_warps"])

@@ -67,10 +67,15 @@ def target(architecture, config=0):
         compiled.append(_read(run(self, *args, grid=grid, warmup=True, **kwargs), architecture))
 
     def choose(self, *args, **kwargs):
-        chosen = self.configs[min(config, len(self.configs) - 1)]
-        self.fn.run(*args, **kwargs, **chosen.all_kwargs())
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        fit = self.prune_configs(kwargs)
+        self.fn.run(*args, **kwargs, **fit[min(config, len(fit) - 1)].all_kwargs())
 
-    patches = [(JITFunction, "run", compile_only), (Autotuner, "run", choose), (driver, "_active", Driver(architecture))]
+    patches = [
+        (JITFunction, "run", compile_only),
+        (Autotuner, "run", choose),
+        (driver, "_active", Driver(architecture)),
+    ]
     patches.append((triton.knobs.cache, "dir", str(KEPT)))
     before = [(place, name, getattr(place, name)) for place, name, _ in patches]
     try:
