@@ -263,7 +263,6 @@ def test_a_resumed_run_refuses_a_changed_setting_by_name(home, run, capfd):
     [
         (["finetune", "model", "--lrr", "1"], "unknown flag '--lrr'; did you mean '--lr'?"),
         (["finetune", "model", "--lora-rnk=8"], "unknown flag '--lora-rnk'; did you mean '--lora-rank'?"),
-        (["finetune", "model", "--continual-learning"], "continual_learning is not yet available in this version"),
         (["finetune", "model", "--load-in-4bit"], "load_in_4bit is not yet available in this version"),
         (["finetune", "model", "--use-dora"], "use_dora is not yet available in this version"),
         (["finetune", "model", "--fsdp", "2"], "fsdp is not yet available in this version"),

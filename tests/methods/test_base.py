@@ -36,7 +36,7 @@ def train_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FineTuner]:
         plain = {"batch_size": 4, "scheduler": "constant", "learning_rate": 0.01, "optimizer": "sgd", "num_epochs": 2}
         config = FineTuningConfig(**plain | {"weight_decay": 0.0, "max_grad_norm": None, "device": "cpu"} | settings)
         config = config.model_copy(update={"output_dir": folder})
-        monkeypatch.setattr(tuner, "make_methods", lambda _: [Full(), *methods])
+        monkeypatch.setattr(tuner, "make_methods", lambda *_: [Full(), *methods])
         made = FineTuner(make_model(), make_data(12), config=config, resume=resume)
         made.results = made.train()
         return made

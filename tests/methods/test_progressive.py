@@ -44,7 +44,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
     from llmbuilder.finetune import tuner
 
     watch, make = Watch(), tuner.make_methods
-    monkeypatch.setattr(tuner, "make_methods", lambda config: [*make(config), watch])
+    monkeypatch.setattr(tuner, "make_methods", lambda *given: [*make(*given), watch])
     return watch
 
 

@@ -1,0 +1,255 @@
+"""The Fisher diagonal against a formula, and against one backward pass an example."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
+
+from llmbuilder.data import collate
+from llmbuilder.methods import fisher
+from llmbuilder.methods.fisher import Scores, diagonal_fisher, language_scores
+from llmbuilder.models import GPT, GPTConfig
+from llmbuilder.nn import LoRAConfig, add_lora
+
+VOCABULARY = 37
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def classifier_scores(model: nn.Module) -> Callable[[Mapping[str, Tensor]], Scores]:
+    return lambda batch: Scores(model(batch["x"]), batch["labels"], torch.arange(len(batch["x"])))
+
+
+def native(**settings: Any) -> nn.Module:
+    return GPT(
+        GPTConfig(**{"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32} | settings)
+    )
+
+
+def eager(config: Any) -> Any:
+    """Experts that compute in fp64 too."""
+    config._experts_implementation = "eager"
+    return config
+
+
+def hugging_face(config: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_config(config)
+
+
+def adapted(model: nn.Module, **settings: Any) -> nn.Module:
+    add_lora(model, LoRAConfig(**{"rank": 3, "dropout": 0.3} | settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:  # B = 0 would leave A without a gradient
+                weight.normal_(std=0.3)
+    return model
+
+
+NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None}
+SMALL = {**NO_SPECIAL, "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "native": lambda: native(),
+    "native, tied": lambda: native(tie_word_embeddings=True),
+    "Llama, tied": lambda: hugging_face(
+        LlamaConfig(**SMALL, intermediate_size=24, num_key_value_heads=1, tie_word_embeddings=True)
+    ),
+    "GPT-2": lambda: hugging_face(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, **NO_SPECIAL)
+    ),
+    "NeoX": lambda: hugging_face(GPTNeoXConfig(**SMALL, intermediate_size=24)),
+    "Mixtral": lambda: hugging_face(
+        eager(MixtralConfig(**SMALL, intermediate_size=24, num_key_value_heads=1, num_local_experts=3))
+    ),
+    "native, LoRA": lambda: adapted(native(), target_modules="all"),
+    "GPT-2, LoRA on slices, head, embeddings; biases": lambda: adapted(
+        hugging_face(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, **NO_SPECIAL)),
+        target_modules=["attention.query", "attention.value", "mlp", "embeddings"],
+        bias="lora_only",
+    ),
+    "Llama, LoRA and a whole head": lambda: adapted(
+        hugging_face(LlamaConfig(**SMALL, intermediate_size=24, num_key_value_heads=1)),
+        modules_to_save=["lm_head"],
+    ),
+}
+
+
+def make_batch(seed: int, count: int = 5) -> dict[str, Tensor]:
+    """Examples of uneven length, some labels masked, one with a single target."""
+    draw = torch.Generator().manual_seed(seed)
+    examples = []
+    for i in range(count):
+        length = int(torch.randint(4, 12, (), generator=draw))
+        ids = torch.randint(VOCABULARY, (length,), generator=draw).tolist()
+        masked = length - 1 if i == 1 else int(torch.randint(0, 3, (), generator=draw))
+        examples.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return collate(examples)
+
+
+def one_by_one(model: nn.Module, params: dict[str, nn.Parameter], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The definition: a forward and backward pass an example, without padding; the data's labels."""
+    sums = {name: torch.zeros_like(param) for name, param in params.items()}
+    tokens = 0
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        length = int(mask.sum())
+        logits = model(input_ids=ids[None, :length]).logits[0, :-1]
+        wanted = labels[1:length]
+        loss = F.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        for name, gradient in zip(params, gradients, strict=True):
+            sums[name] += 0.0 if gradient is None else gradient**2
+        tokens += int((wanted != -100).sum())
+    return {name: total / tokens for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fisher_equals_one_backward_pass_an_example(name: str) -> None:
+    """To rounding: as near to the fp64 result as that way is."""
+    model = MODELS[name]().eval()
+    batches = [make_batch(seed) for seed in (1, 2)]
+    wanted_params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = diagonal_fisher(
+        model, wanted_params, batches, language_scores(model), empirical=True, head=model.get_output_embeddings()
+    )
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    singles = [one_by_one(model, wanted_params, batch) for batch in batches]
+    double = model.double()
+    exact = [one_by_one(double, wanted_params, batch) for batch in batches]
+
+    def mean(sums: list[dict[str, Tensor]], of: str) -> Tensor:
+        return sum(n * s[of] for n, s in zip(tokens, sums, strict=True)) / sum(tokens)
+
+    for of in wanted_params:
+        right = mean(exact, of)
+        error = (found[of] - right).abs().max()
+        assert right.max() > 0 or "router" in of or "gate" in of, of
+        assert (
+            error <= 2 * (mean(singles, of) - right).abs().max() + 4 * torch.finfo(torch.float32).eps * right.max()
+        ), of
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "Mixtral"])
+def test_one_backward_pass_serves_all_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first two examples, which are done both ways, nothing is done singly."""
+    singly: list[set[str]] = []
+    add_singly = fisher._add_singly
+
+    def watched(squares: Any, sums: dict[str, Tensor], *rest: Any) -> None:
+        singly.append(set(sums))
+        add_singly(squares, sums, *rest)
+
+    monkeypatch.setattr(fisher, "_add_singly", watched)
+    model = MODELS[name]().eval()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    batches = [make_batch(1), make_batch(2)]
+    diagonal_fisher(model, params, batches, language_scores(model), head=model.get_output_embeddings())
+    assert singly == [set(params), set(), set()]
+
+
+def softmax_regression() -> tuple[nn.Linear, Tensor]:
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.mul_(3.0)
+    return model, torch.randn(6, 4, dtype=torch.float64)
+
+
+def test_fisher_of_softmax_regression_is_the_analytic_one() -> None:
+    """E_y (1{y=k} - p_k)² x_j² = p_k (1 - p_k) x_j²; drawn often enough, within five standard errors of it."""
+    model, x = softmax_regression()
+    repeats = 20_000
+    params = dict(model.named_parameters())
+    batch = {"x": x.repeat(repeats, 1), "labels": torch.zeros(6 * repeats, dtype=torch.int64)}
+    found = diagonal_fisher(model, params, [batch], classifier_scores(model))
+    p = model(x).softmax(-1).detach()
+    variance = p * (1 - p)
+    # (1{y=k} - p_k)² is (1-p_k)² with probability p_k, else p_k²: its own variance is p(1-p)(1-2p)².
+    spread = variance * (1 - 2 * p) ** 2
+    squares = {"weight": x.square(), "bias": torch.ones(6, 1, dtype=torch.float64)}
+    for name, square in squares.items():
+        wanted = torch.einsum("ek,ej->kj", variance, square).squeeze() / 6
+        error = (torch.einsum("ek,ej->kj", spread, square**2).squeeze() / (36 * repeats)).sqrt()
+        assert ((found[name] - wanted).abs() <= 5 * error + 1e-12).all()
+
+
+def test_fisher_empirical_takes_the_labels_of_the_data() -> None:
+    model, x = softmax_regression()
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    batches = [{"x": x[:4], "labels": labels[:4]}, {"x": x[4:], "labels": labels[4:]}]
+    found = diagonal_fisher(model, dict(model.named_parameters()), batches, classifier_scores(model), empirical=True)
+    residual = F.one_hot(labels, 3) - model(x).softmax(-1).detach()
+    assert torch.allclose(found["weight"], torch.einsum("ek,ej->kj", residual**2, x**2) / 6, rtol=1e-12, atol=0)
+    assert torch.allclose(found["bias"], (residual**2).mean(0), rtol=1e-12, atol=0)
+
+
+def test_fisher_draws_by_its_seed_alone_and_leaves_all_as_it_was() -> None:
+    model = adapted(native(), target_modules="all").eval()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    random_state = torch.get_rng_state()
+
+    def run(seed: int) -> dict[str, Tensor]:
+        return diagonal_fisher(
+            model, params, [make_batch(3)], language_scores(model), seed=seed, head=model.get_output_embeddings()
+        )
+
+    first, same, other = run(0), run(0), run(1)
+    assert all(torch.equal(first[name], same[name]) for name in params)
+    assert any(not torch.equal(first[name], other[name]) for name in params)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Odd(nn.Module):
+    """A classifier that uses one layer twice, another's weight behind its back, and a norm that torch does not know."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + self.scale) / x.square().mean(-1, keepdim=True).add(1e-5).sqrt()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.hidden, self.scale, self.out = nn.Linear(5, 5), nn.Linear(5, 5), self.Scale(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
+        x = self.scale(torch.tanh(self.hidden(x) + F.linear(x, self.hidden.weight)))
+        return self.out(x)
+
+
+def test_fisher_is_right_where_parameters_are_used_in_odd_ways() -> None:
+    model = Odd().double()
+    params = dict(model.named_parameters())
+    x, labels = torch.randn(7, 5, dtype=torch.float64), torch.randint(3, (7,))
+    batch = {"x": x, "labels": labels}
+    found = diagonal_fisher(model, params, [batch], classifier_scores(model), empirical=True)
+    for name, param in params.items():
+        squares = [
+            torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]), param)[0] ** 2
+            for i in range(7)
+        ]
+        assert torch.allclose(found[name], torch.stack(squares).mean(0), rtol=1e-9, atol=1e-15), name
+
+
+def test_fisher_of_data_without_targets_is_zero() -> None:
+    model = native().eval()
+    batch = make_batch(1)
+    batch["labels"].fill_(-100)
+    found = diagonal_fisher(
+        model, dict(model.named_parameters()), [batch], language_scores(model), head=model.get_output_embeddings()
+    )
+    assert all(not value.any() for value in found.values())
