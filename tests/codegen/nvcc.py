@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,10 +56,10 @@ def ptx(source: Path) -> str:
     return subprocess.run([tool("cuobjdump"), "-ptx", host(source)], capture_output=True, text=True, check=True).stdout
 
 
-def all_fatbins() -> dict[str, Path]:
-    """Of every source by name, two at a time."""
+def each(make: Callable[[Path], Path], csrc: Path = ROOT / "csrc") -> dict[Path, Path]:
+    """make(source) of every source, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip((s.stem for s in sources()), pool.map(fatbin, sources()), strict=True))
+        return dict(zip(sources(csrc), pool.map(make, sources(csrc)), strict=True))
 
 
 def _compiled(source: Path, kind: str, options: tuple[str, ...]) -> Path:
@@ -75,7 +76,7 @@ def make(path: Path, *command: str) -> Path:
         out = Path(folder) / path.name
         done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"failed: {' '.join(command)}\n{done.stderr}")
+            raise RuntimeError(f"failed: {' '.join(command)}\n{done.stderr[:3000]}")
         out.rename(path)
     return path
 

@@ -76,6 +76,7 @@ TWO = {
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
+    "copysign": lambda sign, value: np.copysign(value, sign),
 }
 ONE = {
     "neg": np.negative,

@@ -1,12 +1,10 @@
 """Instructions that move data: parameters, global and shared memory, asynchronous copies."""
 
-import re
-
 import numpy as np
 from ptx.arithmetic import decodes
 from ptx.errors import PtxError
 from ptx.operands import addresses, elements, reader, writer
-from ptx.parse import SHARED_END
+from ptx.parse import PARAMETER_BASE, SHARED_END
 from ptx.values import LANES, TYPES, size_of
 
 
@@ -32,15 +30,19 @@ def _load(kernel, instruction):
 
 
 def _load_parameter(kernel, instruction):
-    name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", instruction.operands[1].replace(" ", "")).groups()
     type_ = instruction.opcode[-1]
-    start = kernel.parameters[name][0] + int(offset or 0)
     puts = [writer(kernel, one) for one in elements(instruction.operands[0])]
+    where = addresses(kernel, instruction.operands[1])
+    size = size_of(type_) * len(puts)
 
     def action(warp, lanes):
-        for i, put in enumerate(puts):
-            value = np.frombuffer(warp.block.arguments, TYPES[type_], 1, start + i * size_of(type_))
-            put(warp, lanes, np.repeat(value, 32))
+        arguments = np.frombuffer(warp.block.arguments, np.uint8)
+        at = np.where(lanes, where(warp).astype(np.int64) - PARAMETER_BASE, 0)
+        if ((at < 0) | (at + size > arguments.size)).any():
+            raise PtxError(f"outside the kernel's parameters: {instruction.text}")
+        values = arguments[at[:, None] + np.arange(size)]
+        for put, value in zip(puts, values.view(TYPES[type_]).T, strict=True):
+            put(warp, lanes, value)
 
     return action
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 from ptx.errors import PtxError
-from ptx.parse import Kernel
+from ptx.parse import PARAMETER_BASE, Kernel
 from ptx.values import RAW, TYPES, as_bits, as_type, constant, size_of
 
 Reader = Callable[..., np.ndarray]
@@ -32,7 +32,9 @@ def reader(kernel: Kernel, operand: str, type_: str) -> Reader:
     if operand.startswith("%"):
         wanted = TYPES[type_]
         return lambda warp: warp.special(operand).astype(wanted)
-    value = constant(str(kernel.shared[operand]) if operand in kernel.shared else operand, type_)
+    if operand in kernel.parameters:  # its address
+        operand = str(PARAMETER_BASE + kernel.parameters[operand][0])
+    value = constant(str(kernel.shared.get(operand, operand)), type_)
     return lambda warp: value
 
 

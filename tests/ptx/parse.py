@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ptx.errors import PtxError
 from ptx.values import size_of
 
+PARAMETER_BASE = 1 << 12  # where the window of parameters lies
 SHARED_BASE = 1 << 16  # where the shared window lies; global buffers are host memory, far above
 SHARED_END = 1 << 24
 DYNAMIC_ALIGNMENT = 128

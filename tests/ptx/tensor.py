@@ -108,11 +108,11 @@ def _shuffle(kernel, instruction):
     put = writer(kernel, target)
     put_inside = writer(kernel, predicate[0]) if predicate else None
     value, by = (reader(kernel, one, "b32") for one in instruction.operands[1:3])
-    limit = int(instruction.operands[3], 0)
-    if limit != (0 if mode == "up" else 31):
-        raise PtxError(f"shuffle of a part of a warp, not modelled: {instruction.text}")
+    limit, whole = reader(kernel, instruction.operands[3], "b32"), 0 if mode == "up" else 31
 
     def action(warp, lanes):
+        if (limit(warp)[lanes] != whole).any():
+            raise PtxError(f"shuffle of a part of a warp, not modelled: {instruction.text}")
         by_lane = by(warp).astype(np.int64)
         source = {
             "bfly": lambda: LANES ^ by_lane,
