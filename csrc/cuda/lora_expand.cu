@@ -19,8 +19,6 @@
 namespace llmbuilder::gpu {
 namespace {
 
-using Tile = ExpandTile;
-
 template <class T>
 struct Expand {
   T* y;
@@ -32,7 +30,8 @@ struct Expand {
   int64_t column_blocks;
 };
 
-template <class Math, bool VECTOR>
+/// VECTOR: y and the bias are aligned; S and B say so themselves.
+template <class Math, class Tile, bool VECTOR>
 __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
     expand_kernel(Expand<typename Math::Element> a) {
   using T = typename Math::Element;
@@ -81,27 +80,22 @@ Status lora_expand(const Launch& launch, DType dtype, ConstMatrix S, ConstMatrix
   Check check("lora_expand");
   check.matrix("S", S, M, r).matrix("B", B, N, r).matrix("y", y, M, N);
   check.that(!accumulate || !bias, "there is no bias where the update is added to y");
-  const int64_t row_blocks = (M + Tile::ROWS - 1) / Tile::ROWS, column_blocks = (N + Tile::COLUMNS - 1) / Tile::COLUMNS;
-  check.blocks(row_blocks * column_blocks);
   if (!check.status()) return check.status();
   if (M == 0 || N == 0) return {};
 
   return with_math(dtype, tf32, [&](auto math) {
     using Math = decltype(math);
     using T = typename Math::Element;
-    const Expand<T> a{static_cast<T*>(y.data),
-                      y.stride,
-                      static_cast<const T*>(bias),
-                      view<T>(S),
-                      view<T>(B),
-                      scaling,
-                      accumulate,
-                      column_blocks};
-    const ConstMatrix bias_row{bias, 1, N, 0};
-    const dim3 grid(unsigned(row_blocks * column_blocks));
-    if (aligned<T>(y) && aligned<T>(bias_row))
-      return LAUNCH((expand_kernel<Math, true>), grid, Tile::THREADS, 0, launch, a);
-    return LAUNCH((expand_kernel<Math, false>), grid, Tile::THREADS, 0, launch, a);
+    using Tile = ExpandTile<sizeof(T)>;
+    const int64_t column_blocks = parts_of(N, Tile::COLUMNS), blocks = parts_of(M, Tile::ROWS) * column_blocks;
+    if (!check.blocks(blocks).status()) return check.status();
+    const T* const bias_row = static_cast<const T*>(bias);
+    const Expand<T> a{
+        static_cast<T*>(y.data), y.stride, bias_row, view<T>(S), view<T>(B), scaling, accumulate, column_blocks};
+    const dim3 grid(blocks);
+    if (aligned<T>(y) && aligned<T>({bias, 1, N, 0}))
+      return LAUNCH((expand_kernel<Math, Tile, true>), grid, Tile::THREADS, 0, launch, a);
+    return LAUNCH((expand_kernel<Math, Tile, false>), grid, Tile::THREADS, 0, launch, a);
   });
 }
 

@@ -128,13 +128,23 @@ struct Sums {
   }
 };
 
-/// Two chunks of depth, `step` of the tile: one mma a pair of row and column tile.
+/// Where an element of the right operand lies; TURNED: rows of its tile are depth.
+template <class T, bool TURNED>
+DEVICE const T* right_element(const unsigned char* right, int column, int k) {
+  constexpr int ELEMENTS = CHUNK / sizeof(T);
+  const unsigned char* chunk =
+      right + (TURNED ? Wide<T>::place(k, column / ELEMENTS) : Narrow::place(column, k / ELEMENTS));
+  return reinterpret_cast<const T*>(chunk) + (TURNED ? column : k) % ELEMENTS;
+}
+
+/// Two chunks of depth, `step` of the tile, from its rows and columns on: one mma for each pair of row and column
+/// tiles.
 template <class Math, bool TURNED>
 DEVICE void multiply_step(Sums& sums, const unsigned char* left, const unsigned char* right, int step, int row,
                           int column) {
   using T = typename Math::Element;
   const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  uint32_t a[ROW_TILES][4], b[COLUMN_TILES][2];
+  uint32_t a[ROW_TILES][4], b[COLUMN_TILES / 2][4];
 #pragma unroll
   for (int i = 0; i < ROW_TILES; i++) {
     ldmatrix_x4(a[i], left + Narrow::place(row + MMA_ROWS * i + lane % 16, 2 * step + lane / 16));
@@ -142,33 +152,58 @@ DEVICE void multiply_step(Sums& sums, const unsigned char* left, const unsigned 
     for (uint32_t& word : a[i]) word = Math::operand(word);
   }
 #pragma unroll
-  for (int j = 0; j < COLUMN_TILES; j += 2) {
-    uint32_t four[4];
+  for (int j = 0; j < COLUMN_TILES / 2; j++) {
+    const int first = column + 2 * MMA_COLUMNS * j;
     if constexpr (!TURNED) {
-      ldmatrix_x4(four, right + Narrow::place(column + 8 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      ldmatrix_x4(b[j], right + Narrow::place(first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
     } else if constexpr (sizeof(T) == 2) {
-      ldmatrix_x4_trans(four, right + Wide<T>::place(16 * step + lane % 16, column / 8 + j + lane / 16));
+      ldmatrix_x4_trans(b[j], right + Wide<T>::place(16 * step + lane % 16, first / 8 + lane / 16));
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int k = 8 * step + t + i % 2 * 4, n = column + 8 * (j + i / 2) + g;
-        four[i] = as_uint(reinterpret_cast<const float*>(right + Wide<T>::place(k, n / 4))[n % 4]);
-      }
+      for (int i = 0; i < 4; i++)
+        b[j][i] = bits_of(load(right_element<T, TURNED>(right, first + g + i / 2 * 8, 8 * step + t + i % 2 * 4)));
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) b[j + i / 2][i % 2] = Math::operand(four[i]);
+    for (uint32_t& word : b[j]) word = Math::operand(word);
   }
 #pragma unroll
   for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll
-    for (int j = 0; j < COLUMN_TILES; j++) Math::mma(sums.d[i][j], a[i], b[j]);
+    for (int j = 0; j < COLUMN_TILES; j++) {
+      const uint32_t one[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+      Math::mma(sums.d[i][j], a[i], one);
+    }
+  }
+}
+
+/// The same by FMA: a lane reads what its D needs from shared memory, where it would have to shuffle operands of mma.
+template <bool TURNED>
+DEVICE void multiply_step_fma(Sums& sums, const unsigned char* left, const unsigned char* right, int step, int row,
+                              int column) {
+  const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll 2
+  for (int k = 8 * step; k < 8 * step + 8; k++) {
+    float rows[2 * ROW_TILES], columns[2 * COLUMN_TILES];
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i++)
+      rows[i] = load(reinterpret_cast<const float*>(left + Narrow::place(row + g + 8 * i, k / 4)) + k % 4);
+#pragma unroll
+    for (int j = 0; j < 2 * COLUMN_TILES; j++)
+      columns[j] = load(right_element<float, TURNED>(right, column + j / 2 * MMA_COLUMNS + 2 * t + j % 2, k));
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i++) {
+#pragma unroll
+      for (int j = 0; j < 2 * COLUMN_TILES; j++) {
+        float& sum = sums.d[i / 2][j / 2][i % 2 * 2 + j % 2];
+        sum = fmaf(rows[i], columns[j], sum);
+      }
+    }
   }
 }
 
 /// TURNED: rows of the right operands are depth.
 template <class Math, bool TURNED>
-__global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
-    fused_kernel(Fused<typename Math::Element> a) {
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) fused_kernel(Fused<typename Math::Element> a) {
   using T = typename Math::Element;
   constexpr int DEPTH_ELEMENTS = Tile::DEPTH_BYTES / sizeof(T);
   DYN_SMEM(shared);
@@ -176,8 +211,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
   const int row = warp % Tile::ROW_WARPS * ROW_TILES * MMA_ROWS,
             column = warp / Tile::ROW_WARPS * COLUMN_TILES * MMA_COLUMNS;
   const int64_t m0 = blockIdx.x / a.column_blocks * Tile::SIDE, n0 = blockIdx.x % a.column_blocks * Tile::SIDE;
-  const int64_t updates = (a.left[0].columns + DEPTH_ELEMENTS - 1) / DEPTH_ELEMENTS;
-  const int64_t tiles = updates + (a.left[1].columns + DEPTH_ELEMENTS - 1) / DEPTH_ELEMENTS;
+  const int64_t updates = parts_of(a.left[0].columns, DEPTH_ELEMENTS);
+  const int64_t tiles = updates + parts_of(a.left[1].columns, DEPTH_ELEMENTS);
 
   const auto issue = [&](int64_t tile) {
     if (tile < tiles) {
@@ -202,8 +237,13 @@ __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
     issue(tile + Tile::STAGES - 1);
     const unsigned char* stage = shared + tile % Tile::STAGES * STAGE_BYTES;
 #pragma unroll
-    for (int step = 0; step < CHUNKS / 2; step++)
-      multiply_step<Math, TURNED>(sums, stage, stage + SIDE_BYTES, step, row, column);
+    for (int step = 0; step < CHUNKS / 2; step++) {
+      if constexpr (Math::FMA) {
+        multiply_step_fma<TURNED>(sums, stage, stage + SIDE_BYTES, step, row, column);
+      } else {
+        multiply_step<Math, TURNED>(sums, stage, stage + SIDE_BYTES, step, row, column);
+      }
+    }
     if (tile == updates - 1) {
       const Mask mask(a.mask);
 #pragma unroll
@@ -229,12 +269,12 @@ __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
   }
 }
 
+int64_t blocks(const ConstMatrix& out) { return parts_of(out.rows, Tile::SIDE) * parts_of(out.columns, Tile::SIDE); }
+
 /// Rows of the right operands are columns of the result, or depth where TURNED.
 template <bool TURNED>
 Status launch_fused(const Launch& launch, DType dtype, bool tf32, const ConstMatrix (&left)[2],
                     const ConstMatrix (&right)[2], const void* bias, float scale, DeviceMask mask, const Matrix& out) {
-  const int64_t row_blocks = (out.rows + Tile::SIDE - 1) / Tile::SIDE;
-  const int64_t column_blocks = (out.columns + Tile::SIDE - 1) / Tile::SIDE;
   return with_math(dtype, tf32, [&](auto math) {
     using Math = decltype(math);
     using T = typename Math::Element;
@@ -248,15 +288,11 @@ Status launch_fused(const Launch& launch, DType dtype, bool tf32, const ConstMat
                      static_cast<const T*>(bias),
                      scale,
                      mask,
-                     column_blocks,
+                     parts_of(out.columns, Tile::SIDE),
                      aligned<T>(out) && aligned<T>(bias_row)};
-    const dim3 grid(unsigned(row_blocks * column_blocks));
+    const dim3 grid(blocks(out));
     return LAUNCH((fused_kernel<Math, TURNED>), grid, Tile::THREADS, Tile::STAGES * STAGE_BYTES, launch, a);
   });
-}
-
-int64_t blocks(const ConstMatrix& out) {
-  return ((out.rows + Tile::SIDE - 1) / Tile::SIDE) * ((out.columns + Tile::SIDE - 1) / Tile::SIDE);
 }
 
 }  // namespace

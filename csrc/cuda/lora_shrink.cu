@@ -130,13 +130,12 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::template blocks<typename 
 /// and none so short that its sums weigh more than what it reads.
 Cut slices(int64_t M, int64_t K) {
   constexpr int64_t BLOCKS = 256, ROWS = ShrinkSmall::ROWS, STEP = DEPTH * ShrinkSmall::DEPTH_WARPS;
-  const int64_t row_blocks = M > ROWS ? (M + ROWS - 1) / ROWS : 1;
-  return Cut::into(K, BLOCKS / row_blocks, 4 * STEP, STEP);
+  return Cut::into(K, BLOCKS / parts_of(M > 0 ? M : 1, ROWS), 4 * STEP, STEP);
 }
 
 template <class Math, class Tile>
 Status launch_tile(const Launch& launch, const Shrink<typename Math::Element>& a, int64_t parts) {
-  const dim3 grid((a.x.rows + Tile::ROWS - 1) / Tile::ROWS, parts, (a.A.rows + Tile::RANK - 1) / Tile::RANK);
+  const dim3 grid(parts_of(a.x.rows, Tile::ROWS), parts, parts_of(a.A.rows, Tile::RANK));
   if (a.x.vector && a.A.vector) return LAUNCH((shrink_kernel<Math, Tile, true>), grid, Tile::THREADS, 0, launch, a);
   return LAUNCH((shrink_kernel<Math, Tile, false>), grid, Tile::THREADS, 0, launch, a);
 }
@@ -162,7 +161,7 @@ Status lora_shrink(const Launch& launch, DType dtype, ConstMatrix x, ConstMatrix
   const int64_t M = x.rows, K = x.columns, r = A.rows;
   Check check("lora_shrink");
   check.matrix("x", x, M, K).matrix("A", A, r, K).matrix("S", S, M, r).mask(mask, M);
-  check.blocks(M / ShrinkSmall::ROWS + 1);
+  check.blocks(parts_of(M, ShrinkSmall::ROWS));
   check.pointer("workspace", workspace, lora_shrink_workspace(dtype, M, K, r) > 0);
   if (!check.status()) return check.status();
   if (M == 0 || r == 0) return {};

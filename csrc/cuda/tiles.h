@@ -23,7 +23,7 @@ struct ShrinkTile {
 };
 //                             rank   16 rows x   warps on rows   warps on depth   blocks of an SM
 using ShrinkSmall = ShrinkTile<32,    2,          2,              4,               2>;
-using ShrinkMiddle = ShrinkTile<128,  1,          4,              2,               2>;
+using ShrinkMiddle = ShrinkTile<64,   1,          4,              2,               2>;
 using ShrinkLarge = ShrinkTile<256,   1,          8,              1,               1>;
 
 /// lora_expand: a warp takes ROW_TILES * 16 rows and COLUMN_GROUPS * 32 columns, 128 bytes of a row.
