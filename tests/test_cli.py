@@ -60,7 +60,8 @@ def flags(settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
         flag = rows()[name].flags[-1]
-        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+        many = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, *many]
     return words
 
 
@@ -199,17 +200,53 @@ def test_every_setting_has_a_flag_that_sets_it(home, tmp_path, monkeypatch):
         "dataloader_pin_memory": True,
         "dataloader_num_workers": 1,
         "output_dir": f"{tmp_path}/run",
+        "continual_learning": True,
+        "regularization_method": "ewc",
+        "regularization_strength": 0.3,
+        "fisher": "empirical",
+        "fisher_decay": 0.5,
+        "memory_buffer_size": 7,
+        "replay_frequency": 0.2,
+        "preserve_base_capabilities": True,
+        "validation_on_base_tasks": True,
+        "adaptation_method": "domain",
+        "domain": "medical",
+        "domain_weight": 0.6,
+        "preserve_general_knowledge": True,
+        "general_tokens": 99,
+        "style_adaptation": True,
+        "preserve_factual_knowledge": True,
+        "progressive_unfreezing": True,
+        "unfreeze_schedule": "[[0, 1], [2, -1]]",
+        "learning_rate_schedule": "[[0, 0.001], [1, 0.002]]",
+        "multi_task": True,
+        "task_weights": "{qa: 2.0}",
+        "shared_encoder": False,
+        "task_specific_heads": True,
+        "special_tokens": ["<a>", "<b>"],
+        "code_specific_loss": True,
+        "syntax_aware_training": True,
+        "code_language": "python",
     }
     assert other.keys() == rows().keys()
-    needs_dialogue = {"turn_separator", "max_turns"}
+    continual = ("regularization_method", "regularization_strength", "fisher", "fisher_decay")
+    needs = {
+        **{key: {"dialogue_format": True} for key in ("turn_separator", "max_turns")},
+        **{key: {"continual_learning": True} for key in (*continual, "memory_buffer_size", "replay_frequency")},
+        **{key: {"multi_task": True} for key in ("task_weights", "shared_encoder", "task_specific_heads")},
+        "progressive_unfreezing": {"unfreeze_schedule": "[[0, 1]]"},
+        "unfreeze_schedule": {"progressive_unfreezing": True},
+        "code_language": {"code_specific_loss": True},
+    }
     seen = []
     monkeypatch.setattr("llmbuilder.data.load_dataset", lambda path, config: seen.append(config) or [])
     for name, value in other.items():
-        extra = ["--dialogue-format"] if name in needs_dialogue else []
+        given = {name: value} | needs.get(name, {})
         output = [] if name == "output_dir" else ["--output", f"{tmp_path}/run"]
-        assert finetune(home, *flags({name: value}), *extra, *output) == 1, name  # there are no examples
-        wanted = {name: yaml.safe_load(value) if name == "lora_config" else value, "output_dir": f"{tmp_path}/run"}
-        assert seen[-1] == FineTuningConfig(**wanted, **({"dialogue_format": True} if extra else {})), name
+        assert finetune(home, *flags(given), *output) == 1, name  # there are no examples
+        in_yaml = ("lora_config", "unfreeze_schedule", "learning_rate_schedule", "task_weights")
+        wanted = {key: yaml.safe_load(text) if key in in_yaml else text for key, text in given.items()}
+        assert seen[-1] == FineTuningConfig(**wanted | {"output_dir": f"{tmp_path}/run"}), name
         assert seen[-1] != FineTuningConfig(output_dir=f"{tmp_path}/run") or name == "output_dir", name
     assert not (tmp_path / "run").exists()
 
