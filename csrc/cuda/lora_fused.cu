@@ -62,7 +62,7 @@ DEVICE void copy_tile(unsigned char* tile, const View<T>& from, int64_t row, int
       cp_async16(target, valid > 0 ? source : from.at, valid > 0);
     } else {
 #pragma unroll
-      for (int e = 0; e < ELEMENTS; e++) target[e] = e < valid ? source[e] : from_bits<T>(0);
+      for (int e = 0; e < ELEMENTS; e++) store(target + e, e < valid ? load(source + e) : from_bits<T>(0));
     }
   }
 }

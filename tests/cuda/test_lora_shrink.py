@@ -165,8 +165,8 @@ def test_what_it_refuses(cuda):
     address = x.data_ptr()
 
     def call(**change):
-        arguments = dict(x=_cuda._matrix(x), A=_cuda._matrix(A), S=_cuda._matrix(S), mask=(0, 0, 0), tf32=False)
-        arguments |= {"workspace": workspace.data_ptr(), **change}
+        arguments = {"x": _cuda._matrix(x), "A": _cuda._matrix(A), "S": _cuda._matrix(S), "mask": (0, 0, 0)}
+        arguments |= {"tf32": False, "workspace": workspace.data_ptr(), **change}
         _cuda._kernels.lora_shrink(_cuda._dtype(x), *arguments.values(), 0, 0)
 
     with cuda.recording() as launches:
