@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from ..errors import ConfigError
 from ..methods import (
     EWC,
     L2,
@@ -47,6 +48,17 @@ def make_methods(config: FineTuningConfig, past: Past | None = None, base_val: b
     if config.preserve_general_knowledge:
         methods.append(GeneralKnowledge())
     return methods + _against_forgetting(config)
+
+
+def check_data(config: FineTuningConfig, general: bool, base_val: bool) -> None:
+    """Raise ConfigError where data are given that no setting draws on."""
+    if general and not needs_general(config, Past(), base_val=False):
+        raise ConfigError(
+            "general_dataset has no effect: domain adaptation, regularization_method='ewc' and "
+            "validation_on_base_tasks draw on it; set one of them, or leave it out"
+        )
+    if base_val and not config.validation_on_base_tasks:
+        raise ConfigError("base_val_dataset has no effect without validation_on_base_tasks=True")
 
 
 def _against_forgetting(config: FineTuningConfig) -> list[Any]:

@@ -20,7 +20,7 @@ from ..data import split
 from ..errors import ConfigError, LLMBuilderError
 from ..methods import Batch, Key, Methods, Run
 from . import sampler
-from .assemble import make_methods
+from .assemble import check_data, make_methods
 from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpoint, save_checkpoint, split_states
 from .config import FineTuningConfig
 from .display import Display
@@ -105,6 +105,7 @@ class FineTuner:
         self.loader = Loader(model, self.config)
         train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
 
+        check_data(self.config, general_dataset is not None, base_val_dataset is not None)
         for given in (general_dataset, base_val_dataset):
             if given is not None:
                 self.loader.bind(given)
