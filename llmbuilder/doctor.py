@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
-from .ops import _backend, _native, reference
+from .ops import _backend, _cuda, _native, _paths, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_SEEN = (
@@ -189,6 +189,7 @@ def machine() -> dict[str, str]:
         "transformers": _version("transformers"),
         "triton": _version("triton"),
         "gpu": _gpu(),
+        "cuda": _cuda_text(),
     }
 
 
@@ -223,12 +224,18 @@ def _openmp() -> str:
 
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-        return f"none seen (torch is built for {built})"
-    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return "torch sees none"
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})" for gpu in gpus)
+
+
+def _cuda_text() -> str:
+    """The three versions that must fit: the driver's, torch's and that of the compiled kernels."""
     file = Path("/proc/driver/nvidia/version")
-    driver = file.read_text().splitlines()[0] if file.exists() else "driver unknown"
-    return f"{names}; torch's CUDA {torch.version.cuda}; {driver}"
+    driver = file.read_text().splitlines()[0] if file.exists() else "no NVIDIA driver"
+    built = f"torch built with CUDA {torch.version.cuda}" if torch.version.cuda else "torch built without CUDA"
+    kernels = _cuda.versions() if _cuda.available() else f"no CUDA kernels: {_cuda.why_not()}"
+    return f"{driver}; {built}; {kernels}"
 
 
 def report() -> tuple[str, bool]:
@@ -244,6 +251,8 @@ def report() -> tuple[str, bool]:
             lines += _operator_lines(operator, found)
             passed = passed and not any(check.wrong for check in found)
         lines += _reasons([found[0] for found in by_operator.values()])
+        if device == "cuda":
+            lines.append(f"  lora_fused is checked, and serves {_paths.where()}")
     return "\n".join([*lines, "", f"not seen: {NOT_SEEN}"]), passed
 
 

@@ -73,6 +73,24 @@ def test_the_report_says_what_is_here_and_what_nobody_has_seen(capsys):
     assert "None has run on a GPU yet." in out
 
 
+def test_driver_runtime_and_torch_are_compared_side_by_side(monkeypatch):
+    class Kernels:
+        driver_version = staticmethod(lambda: 12080)
+        runtime_version = staticmethod(lambda: 13000)
+
+    monkeypatch.setattr(doctor._cuda, "_kernels", Kernels)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    text = doctor.machine()["cuda"]
+    assert "torch built with CUDA 12.8" in text
+    assert "kernels built with CUDA 13.0, the driver speaks CUDA 12.8" in text
+
+
+def test_kernels_that_are_not_built_say_why(monkeypatch):
+    monkeypatch.setattr(doctor._cuda, "_kernels", None)
+    monkeypatch.setattr(doctor._native, "cuda_why_not", lambda: "no nvcc was found")
+    assert "no CUDA kernels: no nvcc was found" in doctor.machine()["cuda"]
+
+
 def test_a_forced_backend_is_told(monkeypatch, capsys):
     monkeypatch.setenv("LLMBUILDER_BACKEND", "reference")
     assert main(["doctor"]) == 0

@@ -45,14 +45,20 @@ def unfit_driver() -> str:
     if not driver:
         return "no NVIDIA driver is loaded"
     if driver // 1000 < runtime // 1000:
-        return (
-            f"the NVIDIA driver speaks CUDA {version(driver)}, but these kernels were built with CUDA "
-            f"{version(runtime)}: install a newer driver (CUDA 13 needs 580 or later)"
-        )
+        return f"{versions()}: it needs a newer one (CUDA 13 needs 580 or later)"
     return ""
 
 
-def version(number: int) -> str:
+def versions() -> str:
+    """What the driver and the runtime that the kernels are linked with say of themselves."""
+    if _emulated:
+        return "kernels run on the CPU, in the emulator of the tests"
+    driver, runtime = _kernels.driver_version(), _kernels.runtime_version()
+    speaks = f"the driver speaks CUDA {_version(driver)}" if driver else "no driver answers"
+    return f"kernels built with CUDA {_version(runtime)}, {speaks}"
+
+
+def _version(number: int) -> str:
     """13000 -> "13.0"."""
     return f"{number // 1000}.{number % 1000 // 10}"
 

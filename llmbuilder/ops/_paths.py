@@ -29,3 +29,9 @@ def fused(x: Tensor, weight: Tensor, rank: int) -> bool:
         return False
     layer = (torch.cuda.get_device_name(x.device), x.dtype, *weight.shape, rank)
     return any(layer == row[:5] and x.shape[0] >= row.rows for row in FUSED)
+
+
+def where() -> str:
+    """For which layers `lora_fused` serves, in words."""
+    layers = [f"{row.device}: {row.N} x {row.K}, rank {row.rank}, from {row.rows} rows on" for row in FUSED]
+    return "; ".join(layers) or "no layer: it has been measured on no GPU yet"

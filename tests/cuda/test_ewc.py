@@ -11,14 +11,18 @@ from llmbuilder.ops import _cuda, reference
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(sizes, dtype, misaligned=False):
-    """Params with gradients, anchors and fishers; odd tensors misaligned."""
+GROUPS = ["theta", "anchor", "F", "grad"]
 
-    def tensors(draw):
+
+def make(sizes, dtype, misaligned=None):
+    """Params with gradients, anchors and fishers; one of the groups begins an element after an allocation."""
+
+    def tensors(name, draw):
         drawn = [draw(size).to(dtype) for size in sizes]
-        return [torch.cat([t.new_zeros(1), t])[1:] if misaligned and i % 2 else t for i, t in enumerate(drawn)]
+        return [torch.cat([t.new_zeros(1), t])[1:] for t in drawn] if name == misaligned else drawn
 
-    params, anchors, fishers, grads = (tensors(draw) for draw in (torch.randn, torch.randn, torch.rand, torch.randn))
+    draws = torch.randn, torch.randn, torch.rand, torch.randn
+    params, anchors, fishers, grads = (tensors(name, draw) for name, draw in zip(GROUPS, draws, strict=True))
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return params, anchors, fishers
@@ -39,7 +43,7 @@ def penalty(operator, params, anchors, fishers, strength, dtype=None):
     sizes=st.lists(st.sampled_from([0, 1, 7, 8, 9, 1000, 2048, 16383, 16384, 16385, 40000]), min_size=1, max_size=5),
     dtype=st.sampled_from(NARROW),
     weighted=st.booleans(),
-    misaligned=st.booleans(),
+    misaligned=st.sampled_from([None, *GROUPS]),
 )
 def test_the_penalty_and_its_gradient_err_no_more_than_torchs(
     emulator, check_error, sizes, dtype, weighted, misaligned
@@ -63,12 +67,12 @@ def test_the_penalty_and_its_gradient_err_no_more_than_torchs(
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 7, 8, 9, 2049, 16384, 16385]), min_size=1, max_size=4),
     dtype=st.sampled_from(NARROW),
-    misaligned=st.booleans(),
+    misaligned=st.sampled_from([None, "F", "theta"]),
 )
 def test_squares_are_accumulated(emulator, check_error, sizes, dtype, misaligned):
     ways = [[], [], []]
     for _ in range(4):
-        grads, _, fishers = make(sizes, dtype, misaligned)
+        grads, _, fishers = make(sizes, dtype, misaligned)  # theta stands for the gradients
         for way, wide in ((1, dtype), (2, torch.float64)):
             expected = [fisher.to(wide, copy=True) for fisher in fishers]
             reference.ewc_accumulate_(expected, [grad.to(wide) for grad in grads], 0.7)

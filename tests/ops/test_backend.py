@@ -78,6 +78,54 @@ def test_without_the_extension_the_reference_serves_and_the_reason_is_told(monke
     assert (row.backend, row.why_not["cpu"]) == ("reference", "the extension is not built")
 
 
+class Kernels:
+    """Stands for `_C.cuda`, built with CUDA 13.0."""
+
+    def __init__(self, driver):
+        self.driver_version = lambda: driver
+        self.runtime_version = lambda: 13000
+
+
+@pytest.mark.parametrize(
+    "driver, capability, reason",
+    [
+        (0, (9, 0), "no NVIDIA driver is loaded"),
+        (12080, (9, 0), "kernels built with CUDA 13.0, the driver speaks CUDA 12.8: it needs a newer one"),
+        (13000, (7, 5), "Old GPU has compute capability 7.5, below 8.0"),
+        (13000, (8, 0), ""),
+        (14010, (12, 0), ""),
+    ],
+)
+def test_an_unfit_driver_or_gpu_is_named(monkeypatch, driver, capability, reason):
+    monkeypatch.setattr(_backend._cuda, "_kernels", Kernels(driver))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    rows = {row.operator: row for row in _backend.explain("cuda", torch.bfloat16)}
+    if reason:
+        assert reason in rows["dropout"].why_not["cuda"]
+        assert rows["dropout"].backend == ("triton" if capability >= (8, 0) else "reference")
+    else:
+        assert {row.backend for row in rows.values()} == {"cuda"}
+    assert ("lora_expand" in rows) == (rows["lora_shrink"].backend in ("cuda", "triton"))
+    assert ("lora_expand_" in rows) == (rows["lora_shrink"].backend == "reference")
+
+
+def test_fp64_on_a_gpu_goes_to_the_reference(monkeypatch):
+    monkeypatch.setattr(_backend._cuda, "_kernels", Kernels(13000))
+    row = _backend.explain("cuda", torch.float64)[0]
+    assert (row.backend, row.why_not["cuda"]) == ("reference", "no kernels for float64")
+
+
+def test_kernels_that_stand_for_those_of_a_gpu_do_so_for_a_while(monkeypatch):
+    with _backend.emulated(reference):
+        assert _backend._choose("dropout", torch.device("cpu"), torch.float32, None) == "cuda"
+        assert _backend.update_first(torch.empty(0))
+        assert _backend.explain("cpu")[0].backend == "cuda"
+    assert _backend._choose("dropout", torch.device("cpu"), torch.float32, None) != "cuda"
+    assert not _backend.update_first(torch.empty(0))
+
+
 def test_a_new_backend_is_one_column_and_no_change_of_a_caller(monkeypatch):
     served = []
 
