@@ -34,6 +34,11 @@ class Check {
     return that(data || !needed, std::string(name) + " is null");
   }
 
+  Check& workspace(const void* memory, bool needed) {
+    return pointer("the workspace", memory, needed)
+        .that(reinterpret_cast<uintptr_t>(memory) % 16 == 0, "the workspace must be at a multiple of 16 bytes");
+  }
+
   /// A mask counts rows in 32 bits.
   Check& mask(const DeviceMask& mask, int64_t rows) {
     that(mask.threshold < 65536, "the mask's threshold is " + std::to_string(mask.threshold) + ", must be below 65536");

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 2) grad_ax_kernel(GradAX<typena
       __syncthreads();
     }
   }
-  cp_async_wait<0>();
+  cp_async_wait<0>();  // of a slab without rows
   const int64_t ranks = a.A.rows, columns = a.A.columns;
   store_sums(dA, a.partials + (blockIdx.y * ranks + rank) * columns + column + part, ranks - rank,
              columns - column - part, columns);
@@ -196,7 +196,7 @@ Status lora_grad_ax(const Launch& launch, DType dtype, ConstMatrix x, ConstMatri
       .matrix("A", A, A.rows, x.columns)
       .mask(mask, x.rows)
       .pointer("dA", dA, x.columns > 0)
-      .pointer("the workspace", workspace, x.columns > 0);
+      .workspace(workspace, x.columns > 0);
   if (dX.data) check.matrix("dX", dX, x.rows, x.columns);
   if (!check.status() || x.columns == 0) return check.status();
   return with_math(dtype, tf32, [&](auto math) {

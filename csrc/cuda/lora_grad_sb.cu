@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(Tile::THREADS) grad_sb_kernel(GradSB<typename 
     store_sums(dS, a.dS + (blockIdx.x * M + row + warp_row) * r + warp_rank, M - row - warp_row, r - warp_rank, r);
     multiply_tiles<Math, true, Tile::ROWS>(dB, tile.from(0, warp_column), Skinny{S + now * Skinny::SIZE}.from(0, 0));
   }
+  cp_async_wait<0>();  // of a slab without rows
   const int64_t first = column + warp_column;
   store_sums(dB, a.dB + (blockIdx.y * a.B.rows + first) * r, a.B.rows - first, r, r);
 }
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(Tile::THREADS) grad_side_kernel(GradSide<typen
     multiply_tiles<Math, DOWN, Tile::DEPTH>(sums, DOWN ? tile.from(0, warp_across) : tile.from(warp_across, 0),
                                             Skinny{right + now * Skinny::SIZE}.from(0, warp_rank));
   }
-  cp_async_wait<0>();
+  cp_async_wait<0>();  // of a slab without any depth
   const int64_t all = DOWN ? a.dY.columns : a.dY.rows, first = across + warp_across, r = a.right.columns;
   store_sums(sums, a.out + (blockIdx.y * all + first) * r + warp_rank, all - first, r - warp_rank, r);
 }
@@ -220,7 +221,7 @@ Status lora_grad_sb(const Launch& launch, DType dtype, ConstMatrix dY, ConstMatr
       .matrix("B", B, N, r)
       .matrix("dS", dS, M, r)
       .pointer("dB", dB, N > 0)
-      .pointer("the workspace", workspace, M + N > 0);
+      .workspace(workspace, M + N > 0);
   if (!check.status() || M + N == 0) return check.status();
   return with_math(dtype, tf32, [&](auto math) {
     using T = typename decltype(math)::Element;

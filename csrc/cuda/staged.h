@@ -154,8 +154,8 @@ template <int M, int N>
 DEVICE void store_sums(const float (&sums)[M][N][4], float* to, int64_t rows, int64_t columns, int64_t stride) {
   each_pair(sums, [&](int row, int column, float left, float right) {
     if (row >= rows) return;
-    if (column < columns) to[row * stride + column] = left;
-    if (column + 1 < columns) to[row * stride + column + 1] = right;
+    if (column < columns) store(to + row * stride + column, left);
+    if (column + 1 < columns) store(to + row * stride + column + 1, right);
   });
 }
 
