@@ -17,6 +17,7 @@ from ..methods import (
     LoRA,
     Progressive,
     Replay,
+    SpecialTokens,
 )
 from .config import FineTuningConfig
 from .past import Past
@@ -34,7 +35,10 @@ def make_methods(config: FineTuningConfig, past: Past | None = None, base_val: b
     methods: list[Any] = []
     if needs_general(config, past or Past(), base_val):
         methods.append(General(config.general_tokens, config.domain))
-    methods.append(Full(config.dropout_rate) if lora is None else LoRA(lora))
+    adapted = None if lora is None else LoRA(lora)
+    if config.special_tokens:
+        methods.append(SpecialTokens(config.special_tokens, adapted))
+    methods.append(adapted or Full(config.dropout_rate))
     if config.freeze_layers or config.freeze_embeddings:
         methods.append(Freeze(config.freeze_layers, config.freeze_embeddings))
     if config.preserve_factual_knowledge:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import ConfigError, LLMBuilderError
 from ..models import load_model
+from ..models.vocabulary import grow_vocabulary
 from ..nn import list_adapters, load_adapter
 from .checkpoint import Checkpoint, find_fault, join_states, load_checkpoint, split_states, write_checkpoint
 
@@ -59,7 +60,9 @@ def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
             load_adapter(model, folder / kind)
         return past
     try:
-        model.load_state_dict(load_model(folder / kind).state_dict())
+        trained: Any = load_model(folder / kind)
+        grow_vocabulary(model, len(trained.get_input_embeddings().weight))
+        model.load_state_dict(trained.state_dict())
     except RuntimeError:
         raise ConfigError(f"continue_from {folder}: made with another model; load it from {folder / kind}") from None
     return past

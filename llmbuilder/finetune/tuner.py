@@ -102,6 +102,9 @@ class FineTuner:
         self.folder = self._open_folder(resume, overwrite)
         self._resume = resume
         self._trained = False
+        self._past, self._task_ended = self._recall(continue_from), False
+        self.methods = Methods(make_methods(self.config, self._past, base_val_dataset is not None))
+        self.methods.extend(model)
         self.loader = Loader(model, self.config)
         train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
 
@@ -109,10 +112,8 @@ class FineTuner:
         for given in (general_dataset, base_val_dataset):
             if given is not None:
                 self.loader.bind(given)
-        self._past, self._task_ended = self._recall(continue_from), False
 
         self.device = place(model, self.config)
-        self.methods = Methods(make_methods(self.config, self._past, base_val_dataset is not None))
         self.run = Run(
             model,
             self.config.seed,

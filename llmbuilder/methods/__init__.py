@@ -13,6 +13,7 @@ from .lora import LoRA
 from .progressive import Progressive
 from .replay import Replay
 from .style import FactualKnowledge
+from .tokens import SpecialTokens
 
 __all__ = [
     "EWC",
@@ -33,4 +34,5 @@ __all__ = [
     "Progressive",
     "Replay",
     "Run",
+    "SpecialTokens",
 ]

@@ -3,6 +3,7 @@
 A method is an object with a ``name`` and those hooks of :class:`Method` that it needs. The loop calls them here:
 
     load_past                   first of all, in a run that goes on from an earlier one
+    extend                      before the data are tokenised: add tokens to the tokenizer
     prepare                     before the optimizer is made: change the model, choose what trains, add data sources
     load_state                  on resume, after prepare
     before_task                 once, before the first step: look at the model as the task finds it (not on resume)
@@ -100,6 +101,9 @@ class Method(Protocol):
     name: str
     """Names the method's state in a checkpoint; unlike that of any other method in the run."""
 
+    def extend(self, model: nn.Module) -> None:
+        """Give the model and its tokenizer the tokens that the data will need. Must do the same in a resumed run."""
+
     def prepare(self, run: Run) -> None:
         """Change the model and choose what trains (``requires_grad``); a frozen weight stays as it is, bit for bit.
 
@@ -167,6 +171,10 @@ class Methods:
 
     def _hooks(self, name: str) -> list[Callable[..., Any]]:
         return [getattr(method, name) for method in self._methods if hasattr(method, name)]
+
+    def extend(self, model: nn.Module) -> None:
+        for hook in self._hooks("extend"):
+            hook(model)
 
     def prepare(self, run: Run) -> None:
         for hook in self._hooks("prepare"):

@@ -17,8 +17,8 @@ class Progressive:
     """From epoch to epoch more blocks train, from the last one down; comes after the methods that chose what trains.
 
     Head and final norm always train, and so does, with a warning, an embedding that shares the head's weight. An
-    embedding of its own trains once everything does. What other methods froze stays frozen. A weight that does not train yet is
-    neither moved nor decayed, and its optimizer state starts clean.
+    embedding of its own trains once everything does. What other methods froze stays frozen. A weight that does not
+    train yet is neither moved nor decayed, and its optimizer state starts clean.
 
     Args:
         schedule: (epoch, n) in rising order, from epoch 0 on: the last n blocks train from that epoch; -1: everything.

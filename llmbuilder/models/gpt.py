@@ -249,6 +249,26 @@ class GPT(nn.Module):
         """The head, as transformers calls it."""
         return self.head
 
+    @torch.no_grad()
+    def resize_token_embeddings(self, new_num_tokens: int, mean_resizing: bool = False) -> nn.Module:
+        """Give the vocabulary another size, as transformers calls it: rows that stay keep their bits, new ones are 0.
+
+        ``mean_resizing`` is there for transformers' callers, and must be False.
+        """
+        if mean_resizing:
+            raise ConfigError("resize_token_embeddings: fill new rows yourself, and give mean_resizing=False")
+        tied = self.head.weight is self.embedding.weight
+        kept = min(new_num_tokens, self.config.vocab_size)
+        for layer in (self.embedding, self.head):
+            weight = layer.weight.new_zeros(new_num_tokens, layer.weight.shape[1])
+            weight[:kept] = layer.weight[:kept]
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.embedding.num_embeddings = self.head.out_features = new_num_tokens
+        self.config = dataclasses.replace(self.config, vocab_size=new_num_tokens)
+        return self.embedding
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again (in training mode).
 

@@ -11,6 +11,7 @@ from .config import LoRAConfig
 from .inject import Plan, attach, set_active
 from .lora import Piece, TrainedCopy, Update
 from .state import AdapterState, check_known, check_unmerged
+from .tokens import TrainedRows
 from .tree import Wrapper, find_state, named_wrappers, shares_of, state_of, unwrap, wrappers
 
 
@@ -49,9 +50,9 @@ def activate_adapters(
     if not set(train) <= set(active):
         raise LLMBuilderError(f"train={train} names adapters that are not active: give them in names too")
     for wrapper in wrappers(model):
-        copies = [name for name in active if isinstance(wrapper, TrainedCopy) and name in wrapper.copies]
-        if len(copies) > 1:
-            raise LLMBuilderError(f"{' and '.join(copies)} both train a copy of one module: activate one of them")
+        whole = [name for name in active if name in shares_of(wrapper)]
+        if isinstance(wrapper, TrainedCopy | TrainedRows) and len(whole) > 1:
+            raise LLMBuilderError(f"{' and '.join(whole)} both train a copy of one module or rows of it: activate one")
     set_active(model, state, active, train)
 
 
@@ -108,8 +109,8 @@ def combine_adapters(model: nn.Module, name: str, weights: Mapping[str, float], 
         raise LLMBuilderError(f"method='{method}' should be 'cat' or 'linear'")
     if not weights or (method == "linear" and min(weights.values()) < 0):
         raise LLMBuilderError("combine_adapters: give one adapter at least, and for 'linear' no negative weight")
-    if any(config.bias != "none" or config.modules_to_save for config in sources):
-        raise LLMBuilderError("combine_adapters: adapters that train biases or whole modules can't be added up")
+    if any(config.bias != "none" or config.modules_to_save or config.trainable_token_indices for config in sources):
+        raise LLMBuilderError("combine_adapters: adapters that train biases, tokens or whole modules can't be added up")
     plans, values = [], []
     for path, wrapper in named_wrappers(model):
         pieces = _combined(path, wrapper, weights, method)

@@ -1,7 +1,7 @@
 """What a LoRA adapter is made of: one validated object."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -9,7 +9,7 @@ from ..errors import ConfigError, UnknownNameError, nearest
 
 # Variants known by name, so that a configuration that asks for one is refused and not half obeyed.
 NOT_YET = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "trainable_token_indices"),
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication"),
     *("target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
     *("monteclora_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"),
 )
@@ -29,6 +29,8 @@ class LoRAConfig(BaseModel):
         bias: which biases train: ``"none"``, ``"all"`` of the model's, or ``"lora_only"``, those of adapted layers.
         modules_to_save: modules that train whole, as a copy that is saved with the adapter: all whose path ends with
             one of these (as in PEFT also inside a word, "norm" fits "input_layernorm"); no low-rank adapter in them.
+        trainable_token_indices: rows of the embedding, and of the output layer, that train whole (new tokens); the
+            others keep their bits. No low-rank adapter on either.
         use_rslora: ``scaling = alpha / sqrt(rank)`` (arXiv 2312.03732).
 
     Raises:
@@ -43,6 +45,7 @@ class LoRAConfig(BaseModel):
     target_modules: list[str] | str = "attention"
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] = []
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] = []
     use_rslora: bool = False
 
     def __init__(self, **settings: Any) -> None:

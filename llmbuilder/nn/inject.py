@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from ..models.names import Target, named_layers, part_rows, resolve
 from .config import LoRAConfig
 from .lora import WHOLE, LoRAEmbedding, LoRALinear, Piece, TrainedCopy
 from .state import AdapterState, TrainedBiases, check_unmerged
+from .tokens import TokenRows, TrainedRows
 from .tree import Wrapper, find_state, places, shares_of, wrappers
 
 
@@ -29,8 +31,8 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
 
     Each target layer becomes a :class:`LoRALinear` or :class:`LoRAEmbedding` that holds the layer itself; a layer that
     stands at two places is wrapped once, and serves both. The adapter starts at zero: the model's outputs stay the
-    same. It becomes the only active adapter, and what trains is its A and B, biases as ``config.bias`` says, and its
-    copies of ``config.modules_to_save``.
+    same. It becomes the only active adapter, and what trains is its A and B, biases as ``config.bias`` says, its
+    copies of ``config.modules_to_save``, and its rows of ``config.trainable_token_indices``.
 
     Args:
         model: any module; names such as ``"attention"`` need an architecture of ``models.names``.
@@ -53,24 +55,28 @@ def attach(
 ) -> None:
     """Wrap what is not wrapped yet, give each wrapper the adapter's share, make it the active one, freeze the rest.
 
+    The shares are the plans' updates, whole copies of ``copied``, and rows for ``config.trainable_token_indices``.
+
     Nothing is changed before everything is made.
     """
     state = find_state(model) or AdapterState()
     check_unmerged(state)
     _check_name(state, name)
     existing = {id(wrapper.base): wrapper for wrapper in wrappers(model)}
-    places_of = places(model, [plan.module for plan in plans] + list(copied.values()))
+    tables = token_tables(model) if config.trainable_token_indices else {}
+    places_of = places(model, [plan.module for plan in plans] + [*copied.values(), *tables.values()])
     made: list[tuple[Wrapper, nn.Module]] = []
     for plan in plans:
         wrapper = existing.get(id(plan.module)) or _wrapped(plan.module, state)
-        if isinstance(wrapper, TrainedCopy):
-            raise LLMBuilderError(f"'{plan.path}' is trained whole by another adapter (modules_to_save)")
+        if isinstance(wrapper, TrainedCopy | TrainedRows):
+            raise LLMBuilderError(f"'{plan.path}' is trained whole by another adapter (modules_to_save, tokens)")
         made.append((wrapper, wrapper.new_update(plan.pieces, plan.scaling, config.dropout)))
     for path, module in copied.items():
         wrapper = existing.get(id(module)) or TrainedCopy(module, state)
         if not isinstance(wrapper, TrainedCopy) or any(True for _ in wrappers(module)):
             raise LLMBuilderError(f"modules_to_save: '{path}' carries low-rank adapters already")
         made.append((wrapper, copy.deepcopy(module)))
+    made += _token_rows(state, config, tables, existing, {id(wrapper.base) for wrapper, _ in made})
     biases = _trained_biases(model, state, name, config, plans, copied)
 
     for wrapper, share in made:
@@ -93,6 +99,44 @@ def set_active(model: nn.Module, state: AdapterState, active: Mapping[str, float
     if state.biases is not None:
         for parameter in state.biases.parameters:
             parameter.requires_grad_(state.biases.owner in train)
+
+
+def token_tables(model: nn.Module) -> dict[str, nn.Module]:
+    """The embedding and the output layer, by path: what has a row for each token."""
+    layers = {id(layer): path for path, layer in named_layers(model)}
+    owners = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    found = [next(named_layers(get()))[1] for get in owners if get is not None and get() is not None]
+    return {layers[id(layer)]: layer for layer in found}
+
+
+def _token_rows(
+    state: AdapterState,
+    config: LoRAConfig,
+    tables: Mapping[str, nn.Module],
+    existing: Mapping[int, Wrapper],
+    taken: set[int],
+) -> list[tuple[Wrapper, nn.Module]]:
+    """Wrappers of the tables, and the adapter's rows in them: one object where two layers share a weight."""
+    made: list[tuple[Wrapper, nn.Module]] = []
+    rows: dict[int, TokenRows] = {}
+    for path, module in tables.items():
+        wrapper = existing.get(id(module)) or TrainedRows(module, state)
+        weight: Any = module.weight
+        if not isinstance(wrapper, TrainedRows) or id(module) in taken:
+            raise LLMBuilderError(f"trainable_token_indices: '{path}' carries other adapters already")
+        if not isinstance(module, nn.Embedding | nn.Linear):
+            raise LLMBuilderError(
+                f"trainable_token_indices: '{path}' is a {type(module).__name__}, and has no such rows"
+            )
+        if max(config.trainable_token_indices) >= len(weight):
+            raise ConfigError(
+                f"trainable_token_indices: '{path}' has {len(weight)} rows, and {max(config.trainable_token_indices)} "
+                "is none of them: add the tokens to the model first"
+            )
+        if id(weight) not in rows:
+            rows[id(weight)] = TokenRows(config.trainable_token_indices, weight)
+        made.append((wrapper, rows[id(weight)]))
+    return made
 
 
 def _wrapped(module: nn.Module, state: AdapterState) -> LoRALinear | LoRAEmbedding:

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from ..errors import LLMBuilderError
-from .lora import TrainedCopy
+from .lora import LoRAEmbedding, LoRALinear, TrainedCopy
 from .state import Merge, check_unmerged
+from .tokens import TrainedRows
 from .tree import Wrapper, find_state, named_wrappers, shares_of, state_of, unwrap
 
 
@@ -42,13 +43,14 @@ def merge_lora(model: nn.Module, keep_base: bool = True, untie: bool = False) ->
         )
     config = getattr(model, "config", None)
     merge = Merge([], bool(getattr(config, "tie_word_embeddings", False)))
+    merged: dict[int, nn.Parameter] = {}  # tokens' rows of two layers that share a weight stay one weight
     for _, wrapper in changed:
         if not isinstance(wrapper, TrainedCopy):
             old = wrapper.weight
             assert isinstance(old, nn.Parameter)
             if keep_base:
                 merge.kept.append((wrapper.base, old))
-            wrapper.base.weight = nn.Parameter((old + wrapper.delta()).to(old.dtype), requires_grad=False)
+            wrapper.base.weight = merged.setdefault(id(old), _merged(wrapper, old))
     if ties and config is not None:
         config.tie_word_embeddings = False
     state.merge = merge
@@ -75,6 +77,11 @@ def unmerge_lora(model: nn.Module) -> None:
     state.merge = None
 
 
+def _merged(wrapper: LoRALinear | LoRAEmbedding | TrainedRows, old: nn.Parameter) -> nn.Parameter:
+    weight = wrapper.merged() if isinstance(wrapper, TrainedRows) else (old + wrapper.delta()).to(old.dtype)
+    return nn.Parameter(weight, requires_grad=False)
+
+
 def _ties(model: nn.Module, changed: list[tuple[str, Wrapper]]) -> list[tuple[str, str]]:
     """(layer, its weight's other name) for each layer to change whose weight another module has too."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -84,6 +91,8 @@ def _ties(model: nn.Module, changed: list[tuple[str, Wrapper]]) -> list[tuple[st
                 owners.setdefault(id(parameter), []).append((f"{path}.{name}", module))
     ties = []
     for path, wrapper in changed:
+        if isinstance(wrapper, TrainedRows):
+            continue  # both layers have the adapter's rows
         own = set(wrapper.base.modules())
         weights = wrapper.base.parameters() if isinstance(wrapper, TrainedCopy) else [wrapper.weight]
         ties += [(path, other) for w in weights for other, module in owners[id(w)] if module not in own]

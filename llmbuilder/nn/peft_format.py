@@ -2,7 +2,8 @@
 
 Names in the file: ``base_model.model.<path>.lora_A.weight`` [r, K] and ``lora_B`` [N, r], for embeddings
 ``lora_embedding_A`` and ``_B``, ``<path>.base_layer.bias`` for a trained bias of an adapted layer, and whole modules
-under their own path.
+under their own path. Rows of tokens are ``<path>.token_adapter.trainable_tokens_delta`` [n, K], and the tokenizer that
+knows these tokens lies beside them.
 The parts of a fused layer are written as the one update that they sum up to (A stacked, B block-placed), which any
 reader understands; the safetensors header remembers them, and they are parts again when read here.
 """
@@ -20,22 +21,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LLMBuilderError
 from ..models.names import is_linear, named_layers, part_rows
 from ..models.save import replacing
+from ..models.vocabulary import grow_vocabulary
 from .adapters import fill
 from .config import LoRAConfig
 from .inject import Plan, attach, whole_modules
 from .lora import WHOLE, Piece, TrainedCopy, Update
 from .state import check_known
+from .tokens import TokenRows
 from .tree import named_wrappers, shares_of, state_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The header's entry for parts of fused layers: {path: {part: rank}}.
 PARTS = "llmbuilder.parts"
+TOKENS = "token_adapter.trainable_tokens_delta"
 # Keys of adapter_config.json that are obeyed, or say nothing about what the adapter computes. Any other is refused.
 KNOWN_KEYS = {
     *(
@@ -50,7 +55,7 @@ KNOWN_KEYS = {
     *("inference_mode", "init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core"),
     *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "qalora_group_size"),
-    *("bias", "modules_to_save"),
+    *("bias", "modules_to_save", "trainable_token_indices"),
 }
 # Ways to start an adapter that leave the base as it is; the others (PiSSA, OLoRA …) change it.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -85,6 +90,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
         metadata = {"format": "pt"} | ({PARTS: json.dumps(parts)} if parts else {})
         save_file(tensors, temporary / WEIGHTS, metadata=metadata)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tokenizer: Any = getattr(model, "tokenizer", None)
+        if config["trainable_token_indices"] and tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
@@ -106,15 +114,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     for key, tensor in tensors.items():
         contents.sort(key, tensor)
     plans, values = contents.plans(model, parts)
+    _grow(model, config, folder)
     attach(model, name, contents.settings(plans), plans, contents.copied)
     for path, wrapper in named_wrappers(model):
         if path in values:
             fill(shares_of(wrapper)[name], values[path])
         elif path in contents.copied:
             shares_of(wrapper)[name].load_state_dict(contents.states[path])
+        elif path in contents.rows:
+            share: Any = shares_of(wrapper)[name]
+            share.rows.data.copy_(contents.rows[path])
     with torch.no_grad():
         for path, bias in contents.biases.items():
-            contents.layers[path].bias.copy_(bias)  # type: ignore[union-attr,operator]
+            contents.layers[path].bias.copy_(bias)  # type: ignore[operator,union-attr]
 
 
 class _Contents:
@@ -126,6 +138,8 @@ class _Contents:
         self.states: dict[str, dict[str, Tensor]] = {path: {} for path in self.copied}
         self.matrices: dict[str, dict[str, Tensor]] = {}
         self.biases: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.tokens = _token_indices(config, folder)
 
     def sort(self, key: str, tensor: Tensor) -> None:
         """Put one tensor where it belongs. Raises LLMBuilderError for one that belongs nowhere in the model."""
@@ -146,6 +160,11 @@ class _Contents:
             path = path.removesuffix(".bias").removesuffix(".base_layer")
             self._expect(key, tensor, getattr(self._layer(path), "bias", None))
             self.biases[path] = tensor
+        elif path.endswith(f".{TOKENS}"):
+            path = path.removesuffix(f".{TOKENS}")
+            table: Any = self._layer(path)
+            self._expect(key, tensor, table.weight[: len(self.tokens)])
+            self.rows[path] = tensor
         elif path.endswith(".base_layer.weight"):  # PEFT adds the base of an adapted embedding
             base = self._layer(path.removesuffix(".base_layer.weight")).weight
             self._expect(key, tensor, base)
@@ -191,6 +210,7 @@ class _Contents:
             target_modules=[plan.path for plan in plans],
             bias=self.config.get("bias", "none"),
             modules_to_save=list(self.copied),
+            trainable_token_indices=self.tokens,
             use_rslora=rslora,
         )
 
@@ -214,7 +234,7 @@ def _exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Te
     state = state_of(model)
     config = state.configs[name]
     tensors: dict[str, Tensor] = {}
-    ranks, alphas, parts = {}, {}, {}
+    ranks, alphas, parts, tokens = {}, {}, {}, {}
     conv = False
     for path, wrapper in named_wrappers(model):
         share = dict(shares_of(wrapper)).get(name)
@@ -228,6 +248,10 @@ def _exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Te
             conv = conv or isinstance(wrapper.base, Conv1D)
             if WHOLE not in share.lora_A:
                 parts[path] = {part: piece.rank for part, piece in share.pieces().items()}
+        elif isinstance(share, TokenRows):
+            if all(rows is not share.rows for rows in tensors.values()):  # a head that shares them has no copy
+                tensors[f"{PREFIX}{path}.{TOKENS}"] = share.rows
+                tokens[path.rpartition(".")[2]] = share.indices.tolist()
         elif share is not None:
             tensors |= {f"{PREFIX}{path}.{key}": value for key, value in share.state_dict().items()}
     if state.biases is not None and state.biases.owner == name:
@@ -250,6 +274,8 @@ def _exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Te
         "bias": config.bias,
         "modules_to_save": [p for p, w in named_wrappers(model) if isinstance(w, TrainedCopy) and name in w.copies]
         or None,
+        # A list means the embedding, and a head that shares its weight.
+        "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None),
         "use_rslora": config.use_rslora,
     }
     return exported, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, parts
@@ -292,6 +318,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), int | float) or not config[key] > 0:
             raise LLMBuilderError(f"{path}: {key} should be a positive number, and is {config.get(key)!r}")
     return config
+
+
+def _token_indices(config: Mapping[str, Any], folder: Path) -> list[int]:
+    """The tokens whose rows train: PEFT's list, or its lists by layer where they are equal."""
+    given = config.get("trainable_token_indices") or []
+    lists = list(given.values()) if isinstance(given, dict) else [given]
+    if any(indices != lists[0] for indices in lists):
+        raise LLMBuilderError(f"{folder / CONFIG}: trainable_token_indices that differ by layer are not yet available")
+    return list(lists[0])
+
+
+def _grow(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Give the model the tokens that the adapter has rows of, and their tokenizer."""
+    indices = _token_indices(config, folder)
+    if not indices:
+        return
+    if (folder / "tokenizer.json").is_file():
+        model.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    grow_vocabulary(model, max(indices) + 1)
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:

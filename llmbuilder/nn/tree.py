@@ -9,8 +9,9 @@ from ..errors import LLMBuilderError
 from ..models.names import named_layers
 from .lora import LoRAEmbedding, LoRALinear, TrainedCopy
 from .state import AdapterState
+from .tokens import TrainedRows
 
-Wrapper = LoRALinear | LoRAEmbedding | TrainedCopy
+Wrapper = LoRALinear | LoRAEmbedding | TrainedCopy | TrainedRows
 
 
 def is_wrapper(module: nn.Module | None) -> TypeGuard[Wrapper]:
@@ -31,7 +32,7 @@ def named_wrappers(model: nn.Module) -> list[tuple[str, Wrapper]]:
 
 
 def shares_of(wrapper: Wrapper) -> nn.ModuleDict:
-    """What each adapter has in a wrapper: updates, or trained copies."""
+    """What each adapter has in a wrapper: updates, trained copies, or rows of tokens."""
     return wrapper.copies if isinstance(wrapper, TrainedCopy) else wrapper.adapters
 
 

@@ -246,7 +246,7 @@ def refused(model: nn.Module, folder: Path, said: str) -> None:
         ({"use_dora": True}, "use_dora is not yet available"),
         ({"lora_bias": True}, "lora_bias is not yet available"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is not yet available"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices is not yet available"),
+        ({"trainable_token_indices": {"a": [3], "b": [4]}}, "trainable_token_indices that differ by layer"),
         ({"something_new": {"a": 1}}, "something_new is not yet available"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base's weights"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA adapters can be read"),

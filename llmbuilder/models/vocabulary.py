@@ -1,0 +1,50 @@
+"""New tokens for a model: in its tokenizer, its embedding and its output layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+
+from ..errors import LLMBuilderError
+
+
+def add_tokens(model: nn.Module, tokens: Sequence[str]) -> list[int]:
+    """Add special tokens to the model's tokenizer, in place, and see that the model has rows for them.
+
+    Args:
+        model: with a ``tokenizer``.
+        tokens: those that the tokenizer has already are left as they are.
+
+    Returns:
+        The ids of those that are new, in order. Rows of the embedding and the output layer that the model lacked start
+        at the mean of the others; these keep their bits.
+
+    Raises:
+        LLMBuilderError: the model has no tokenizer.
+    """
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise LLMBuilderError("new tokens need a tokenizer to add them to, and the model has none")
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new])
+    grow_vocabulary(model, len(tokenizer))
+    return [int(index) for index in tokenizer.convert_tokens_to_ids(new)]
+
+
+@torch.no_grad()
+def grow_vocabulary(model: nn.Module, size: int) -> None:
+    """Give the embedding and the output layer ``size`` rows, the new ones the mean of the old; more rows stay."""
+    owner: Any = model
+    before = owner.get_input_embeddings().weight.shape[0]
+    if size <= before:
+        return
+    owner.resize_token_embeddings(size, mean_resizing=False)
+    head = owner.get_output_embeddings()
+    tables = [owner.get_input_embeddings().weight]
+    if head is not None:
+        tables += [tensor for tensor in (head.weight, getattr(head, "bias", None)) if tensor is not None]
+    for table in {id(table): table for table in tables}.values():
+        table[before:] = table[:before].mean(0)

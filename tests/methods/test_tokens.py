@@ -1,0 +1,148 @@
+"""New special tokens: in the tokenizer and the embeddings, saved with the adapter or the model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmbuilder.data import TextDataset
+from llmbuilder.errors import ConfigError, LLMBuilderError
+from llmbuilder.finetune import FineTuningConfig
+from llmbuilder.models import byte_tokenizer, load_model
+from llmbuilder.nn import load_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:no validation data")
+TOKENS = ["<code>", "</code>"]
+TEXT = "<code>a + b</code> and <code>c</code> again "
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Any:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 8)
+    return lambda: TextDataset(path, block_size=24)
+
+
+def tables(model: Any) -> dict[str, torch.Tensor]:
+    found = {"embedding": model.get_input_embeddings().weight, "head": model.get_output_embeddings().weight}
+    return {name: table.detach().clone() for name, table in found.items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_special_tokens_are_one_id_each_and_start_at_the_mean(
+    make_gpt: Any, tune: Any, text: Any, tied: bool, use_lora: bool
+) -> None:
+    model = make_gpt(text=True, tie_word_embeddings=tied)
+    before = tables(model)
+    tuner = tune(model, text(), special_tokens=TOKENS, use_lora=use_lora, learning_rate=1e-30, weight_decay=0.0)
+    assert model.tokenizer(TEXT)["input_ids"].count(258) == 2 == model.tokenizer(TEXT)["input_ids"].count(259)
+    assert model.tokenizer.convert_tokens_to_ids(TOKENS) == [258, 259]
+    ids = [
+        token for i in range(len(tuner.run.sources["train"])) for token in tuner.run.sources["train"][i]["input_ids"]
+    ]
+    assert ids.count(258) == 16 == ids.count(259)
+    for name, table in tables(model).items():
+        assert table.shape == (260, 16) and torch.equal(table[:258], before[name])
+        torch.testing.assert_close(table[258:], before[name].mean(0).expand(2, 16))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_under_lora_only_the_new_rows_train_and_reload_with_the_adapter(
+    make_gpt: Any, tune: Any, text: Any, tmp_path: Path, tied: bool
+) -> None:
+    """Old rows keep their bits under weight decay; a fresh base gets tokenizer, rows and logits from the folder."""
+    model = make_gpt(text=True, tie_word_embeddings=tied)
+    before = tables(model)
+    settings = {"special_tokens": TOKENS, "lora_rank": 2, "num_epochs": 3, "weight_decay": 0.3}
+    tune(model, text(), **settings, output_dir=tmp_path / "run")
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    rows = {name: weight for name, weight in trained.items() if "lora_" not in name}
+    assert [tuple(weight.shape) for weight in rows.values()] == [(2, 16)] * (1 if tied else 2)
+    for name, table in tables(model).items():
+        assert torch.equal(table[:258], before[name])
+        mean = before[name].mean(0).expand(2, 16)
+        assert all((weight - mean).abs().max() > 1e-3 for weight in rows.values() if weight.shape == mean.shape)
+
+    fresh = make_gpt(text=True, tie_word_embeddings=tied)
+    load_adapter(fresh, tmp_path / "run" / "adapter")
+    ids = torch.tensor(fresh.tokenizer([TEXT])["input_ids"])[:, :32]
+    assert 258 in ids and fresh.tokenizer.decode(ids[0]) == TEXT[: len(fresh.tokenizer.decode(ids[0]))]
+    assert torch.equal(model(ids).logits, fresh.eval()(ids).logits)
+    assert model(ids).logits.shape[-1] == 260
+
+
+def test_what_the_rows_compute_is_what_a_table_with_these_rows_computes(make_gpt: Any, tune: Any, text: Any) -> None:
+    model = make_gpt(text=True)
+    tune(model, text(), special_tokens=TOKENS, lora_rank=2, num_epochs=2)
+    ids = torch.tensor([[258, 5, 259, 257, 0]])
+    adapted = model(ids).logits
+    rows = next(weight for name, weight in model.named_parameters() if name.endswith(".rows"))
+    plain = make_gpt(text=True)
+    plain.resize_token_embeddings(260)
+    with torch.no_grad():
+        plain.embedding.weight[258:] = rows
+    for name, layer in plain.named_modules():
+        if isinstance(layer, nn.Linear) and ".attention." in name:
+            adapter = model.get_submodule(name)
+            with torch.no_grad():
+                layer.weight += adapter.delta()
+    torch.testing.assert_close(adapted, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_full_fine_tuning_saves_the_longer_model(make_gpt: Any, tune: Any, text: Any, tmp_path: Path) -> None:
+    model = make_gpt(text=True)
+    tune(model, text(), special_tokens=TOKENS, output_dir=tmp_path / "run")
+    again: Any = load_model(tmp_path / "run" / "model")
+    assert again.config.vocab_size == 260 and again.tokenizer.convert_tokens_to_ids("</code>") == 259
+    ids = torch.tensor([[258, 5, 259]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_tokens_that_are_there_stay_as_they_are(make_gpt: Any, tune: Any, text: Any) -> None:
+    model = make_gpt(text=True)
+    tune(model, text(), special_tokens=["<|pad|>", "<new>"], lora_rank=2)
+    assert len(model.tokenizer) == 259 and model.tokenizer.convert_tokens_to_ids("<|pad|>") == 257
+    spare = make_gpt(text=True, vocab_size=300)
+    spare.tokenizer = byte_tokenizer()
+    tune(spare, text(), special_tokens=["<new>"], lora_rank=2)
+    assert tables(spare)["embedding"].shape[0] == 300, "a vocabulary with room to spare stays as it is"
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(
+    make_gpt: Any, tune: Any, text: Any, weights: Any, tmp_path: Path
+) -> None:
+    settings = {"special_tokens": TOKENS, "lora_rank": 2, "num_epochs": 2, "save_every": 2}
+    whole = tune(make_gpt(text=True), text(), **settings, output_dir=tmp_path / "run")
+    last = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
+    shutil.rmtree(last)
+    (tmp_path / "run" / "results.json").unlink()
+    again = tune(make_gpt(text=True), text(), **settings, output_dir=tmp_path / "run", resume=True)
+    assert all(torch.equal(weights(whole.model)[name], value) for name, value in weights(again.model).items())
+    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert stored["trainable_token_indices"] == [258, 259]
+
+
+def test_a_model_without_a_tokenizer_gets_no_tokens(make_gpt: Any, make_rows: Any, tune: Any) -> None:
+    with pytest.raises(LLMBuilderError, match="the model has none"):
+        tune(make_gpt(), make_rows(4), special_tokens=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"special_tokens": []}, "each once, none of them empty"),
+        ({"special_tokens": ["<a>", "<a>"]}, "each once"),
+        ({"special_tokens": ["<a>", ""]}, "none of them empty"),
+        ({"special_tokens": ["<a>"], "freeze_embeddings": True}, "freeze_embeddings keeps them from learning"),
+        ({"special_tokens": ["<a>"], "target_modules": ["attention", "embeddings"]}, "leave 'embeddings' out"),
+    ],
+)
+def test_what_means_nothing_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        FineTuningConfig(**settings)
+    assert FineTuningConfig(special_tokens="<a>").special_tokens == ["<a>"]
