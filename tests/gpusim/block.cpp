@@ -17,6 +17,8 @@ Record record;
 
 namespace {
 
+constexpr int MAX_THREADS = 1024;  // of a block
+
 std::vector<std::unique_ptr<BlockThread>> threads;  // of the block under way: the first `alive_at_start`
 std::vector<int> runnable, at_barrier;
 int alive, alive_at_start;
@@ -67,6 +69,8 @@ void start_threads(dim3 grid, dim3 block) {
   reset_warps(alive);
   runnable.clear();
   at_barrier.clear();
+  runnable.reserve(MAX_THREADS);  // threads add to these lists, and should not allocate
+  at_barrier.reserve(MAX_THREADS);
   epoch = 0;
   const uint3 position = {number_of_block % grid.x, number_of_block / grid.x % grid.y,
                           number_of_block / grid.x / grid.y};
@@ -105,7 +109,7 @@ void run_block(dim3 grid, dim3 block, size_t shared, bool may_exceed) {
   start_threads(grid, block);
   release(&block_begins);
   run_threads();
-  for (int i = 0; i < alive_at_start; i++) threads[i]->fiber.stop();
+  acquire(&block_ends);
   const std::string damage = end_shared();
   if (!failed && !damage.empty()) {
     failed = true;
@@ -131,7 +135,7 @@ cudaError_t check_configuration(dim3 grid, dim3 block) {
     return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
   };
   const uint64_t size = uint64_t(block.x) * block.y * block.z;
-  if (size == 0 || size > 1024 || block.z > 64)
+  if (size == 0 || size > MAX_THREADS || block.z > 64)
     return refuse(cudaErrorInvalidConfiguration, "no block can have " + text(block) + " threads");
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return refuse(cudaErrorInvalidConfiguration, "no grid can have " + text(grid) + " blocks");
@@ -205,7 +209,6 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared, con
     run_block(grid, block, shared, may_exceed);
     if (failed) break;
   }
-  acquire(&block_ends);
   end_memory();
   if (failed) return refuse(cudaErrorLaunchFailure, message);
   if (settings.recording) records.push_back(record);

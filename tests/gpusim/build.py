@@ -68,7 +68,10 @@ def build(
     sources = [csrc / "bindings.cpp", *sorted((csrc / "cuda").glob("*.cu"))] if sources is None else sources
     flags = [*COMMON, *(f"-D{define}" for define in defines)]
     include = [HERE, csrc, csrc / "include"]
-    objects = [_compile(source, [*flags, *VARIANTS[variant], *WARNINGS], include, cache) for source in sources]
+    objects = []
+    for source in sources:  # the sanitizers watch kernels
+        how = VARIANTS[variant if source.suffix == ".cu" else "plain"]
+        objects.append(_compile(source, [*flags, *how, *WARNINGS], include, cache))
     objects += [_compile(source, [*COMMON, "-O2", *WARNINGS], include, cache) for source in RUNTIME]
     return _link(objects, VARIANTS[variant], cache)
 

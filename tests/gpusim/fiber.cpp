@@ -20,6 +20,10 @@ WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 WEAK void* __tsan_get_current_fiber();
 WEAK void __tsan_acquire(void* key);
 WEAK void __tsan_release(void* key);
+WEAK void AnnotateIgnoreReadsBegin(const char* file, int line);
+WEAK void AnnotateIgnoreReadsEnd(const char* file, int line);
+WEAK void AnnotateIgnoreWritesBegin(const char* file, int line);
+WEAK void AnnotateIgnoreWritesEnd(const char* file, int line);
 WEAK void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
 WEAK void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* size);
 WEAK void __asan_unpoison_memory_region(const volatile void* memory, size_t size);
@@ -61,17 +65,8 @@ size_t whole_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 }  // namespace
 
 Fiber::~Fiber() {
-  stop();
-  if (stack_) munmap(stack_, STACK);
-}
-
-void Fiber::stop() {
   if (tsan_) __tsan_destroy_fiber(tsan_);
-  tsan_ = nullptr;
-  if (stack_ && __tsan_create_fiber) {  // the next user gets fresh pages, with a clean shadow
-    munmap(stack_, STACK);
-    stack_ = nullptr;
-  }
+  if (stack_) munmap(stack_, STACK);
 }
 
 void Fiber::start(void (*function)()) {
@@ -80,7 +75,7 @@ void Fiber::start(void (*function)()) {
     mprotect(stack_, PAGE, PROT_NONE);  // an overflow stops here
   }
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack_ + PAGE, STACK - PAGE);
-  if (__tsan_create_fiber) tsan_ = __tsan_create_fiber(0);
+  if (__tsan_create_fiber && !tsan_) tsan_ = __tsan_create_fiber(0);  // one for a stack: its own writes are no races
   function_ = function;
   left_ = false;
   void** top = reinterpret_cast<void**>(stack_ + STACK - 64);
@@ -122,6 +117,15 @@ void Fiber::leave() {
   left_ = true;
   to_scheduler();
   abort();  // nobody resumes it
+}
+
+Unwatched::Unwatched() {
+  if (AnnotateIgnoreReadsBegin) AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  if (AnnotateIgnoreWritesBegin) AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+Unwatched::~Unwatched() {
+  if (AnnotateIgnoreWritesEnd) AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  if (AnnotateIgnoreReadsEnd) AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 }
 
 bool under_asan() { return __asan_unpoison_memory_region; }

@@ -10,15 +10,13 @@ class Fiber {
   ~Fiber();
   Fiber(const Fiber&) = delete;
 
-  /// From now on resume() runs `function`, from its beginning. It must end in leave().
+  /// From now on resume() runs `function`, from its beginning, wherever it stood. It must end in leave().
   void start(void (*function)());
   /// Called by the scheduler: goes on where the fiber gave way, until it does so again or leaves.
   void resume();
   /// Called on the fiber: back to the scheduler.
   void give_way();
   [[noreturn]] void leave();
-  /// No longer in use, wherever it stands.
-  void stop();
 
  private:
   static void begin();
@@ -35,6 +33,13 @@ class Fiber {
 /// What happened before release(key) is seen to happen before what follows acquire(key). Nothing without TSan.
 void release(void* key);
 void acquire(void* key);
+
+/// As long as one lives, what the running fiber does is none of TSan's business: the runtime's own allocations.
+struct Unwatched {
+  Unwatched();
+  ~Unwatched();
+  Unwatched(const Unwatched&) = delete;
+};
 
 bool under_asan();
 

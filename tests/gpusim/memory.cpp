@@ -31,6 +31,8 @@ struct Buffer {
   Traffic traffic;
 
   size_t extent() const { return rows ? (rows - 1) * stride + row_bytes : 0; }
+  /// Which of the rows' bytes lies there: rows may be far apart.
+  size_t byte(size_t offset) const { return rows == 1 ? offset : offset / stride * row_bytes + offset % stride; }
 
   /// Whether all of [address, address + bytes) lies in one row.
   bool holds(uintptr_t address, size_t bytes) const {
@@ -75,8 +77,9 @@ std::string nearest_buffer(uintptr_t address) {
 
 void note_touch(Buffer& buffer, size_t offset, size_t bytes, Access access) {
   const Touch me = {block_number() + 1, uint16_t(barrier_epoch()), uint16_t(self->warp)};
+  const size_t first = buffer.byte(offset);
   for (size_t i = offset; i < offset + bytes; i++) {
-    Touch &reader = buffer.readers[i], &writer = buffer.writers[i];
+    Touch &reader = buffer.readers[first + i - offset], &writer = buffer.writers[first + i - offset];
     if (writer.races_with(me)) fail_race(buffer, i, access, writer);
     if (access == READ) {
       if (reader.block && reader.block != me.block) {
@@ -160,8 +163,8 @@ void touch(Access access, const void* pointer, size_t bytes, size_t alignment) {
 
 void begin_memory() {
   for (Buffer& buffer : buffers) {
-    buffer.readers.assign(buffer.extent(), Touch{});
-    buffer.writers.assign(buffer.extent(), Touch{});
+    buffer.readers.assign(buffer.rows * buffer.row_bytes, Touch{});
+    buffer.writers.assign(buffer.rows * buffer.row_bytes, Touch{});
     buffer.traffic = {buffer.name};
   }
 }
@@ -177,7 +180,6 @@ void end_memory() {
 
 void begin_shared(size_t dynamic_bytes, bool may_exceed) {
   may_exceed_limit = may_exceed;
-  shared_arrays.reserve(64);  // data() of an array must stay where it is; see static_shared
   shared_arrays.emplace_back(nullptr, "DYN_SMEM", dynamic_bytes);
 }
 
@@ -194,6 +196,7 @@ std::string end_shared() {
 void* dynamic_shared() { return shared_arrays.front().data(); }
 
 void* static_shared(const void* site, const char* name, size_t bytes, size_t alignment) {
+  const Unwatched unwatched;
   for (const SharedArray& array : shared_arrays)
     if (array.site == site) return array.data();
   if (alignment > DYNAMIC_ALIGNMENT) fail("shared memory %s asks for an alignment of %zu", name, alignment);
@@ -212,6 +215,7 @@ void* static_shared(const void* site, const char* name, size_t bytes, size_t ali
 // ------------------------------------------------------------------------------------------------------------ cp.async
 
 void begin_copy(void* to, const void* from) {
+  const Unwatched unwatched;
   BlockThread& thread = current();
   thread.copies.push_back({to, from, thread.groups});
   record.copies++;

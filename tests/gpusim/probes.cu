@@ -183,6 +183,16 @@ __global__ void unrounded_tf32(const float* in, float* out) {
   store(out + threadIdx.x, as_float(word));
 }
 
+/// Seen by AddressSanitizer alone.
+template <bool BUG>
+__global__ void shared_read_out_of_bounds(const float* in, float* out) {
+  SHARED(values, float[THREADS]);
+  float* all = values;
+  all[threadIdx.x] = load(in + threadIdx.x);
+  const float value = all[threadIdx.x], beyond = all[threadIdx.x + (BUG && threadIdx.x == THREADS - 1)];
+  store(out + threadIdx.x, beyond == 0 ? 0 : value);
+}
+
 /// 30 KB of static shared memory; with the dynamic one it is more than 48 KB.
 template <bool BUG>
 __global__ void static_and_dynamic(const float* in, float* out) {
@@ -221,7 +231,8 @@ const Probe PROBES[] = {PROBE(missing_barrier, 1, 0),
                         PROBE(shared_write_out_of_bounds, 1, 0),
                         PROBE(shared_access_out_of_bounds, 1, 2048),
                         PROBE(unset_shared, 1, 0),
-                        PROBE(unrounded_tf32, 1, 0)};
+                        PROBE(unrounded_tf32, 1, 0),
+                        PROBE(shared_read_out_of_bounds, 1, 0)};
 
 // ------------------------------------------------------------------------------------------------ what operations do
 

@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from gpusim import sanitize
 from gpusim.build import HERE, build, why_not
 from gpusim.harness import Emulator, poisoned
 
@@ -33,6 +34,14 @@ SEEN = {
     "shared_access_out_of_bounds": "touches bytes 2048 to 2063 of shared memory DYN_SMEM, which has 2048",
     "unset_shared": None,
     "unrounded_tf32": "is no tf32",
+}
+
+
+# Not seen without a sanitizer. (asan, tsan): what its report says, and nothing where it has none to make.
+SANITIZED = {
+    "shared_read_out_of_bounds": ("heap-buffer-overflow", ""),
+    "missing_barrier": ("", "data race"),
+    "early_refill": ("", "data race"),
 }
 
 
@@ -94,7 +103,21 @@ def test_a_bug_is_seen_and_the_right_kernel_passes(emulator, name):
 
 
 def test_every_probe_is_tested(emulator):
-    assert [call(emulator, "probe_name", i) for i in range(len(SEEN) + 1)] == [*SEEN, None]
+    names = [*SEEN, "shared_read_out_of_bounds"]
+    assert [call(emulator, "probe_name", i) for i in range(len(names) + 1)] == [*names, None]
+
+
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
+@pytest.mark.parametrize("name", SANITIZED)
+def test_what_sanitizers_see(emulator, variant, name):
+    if reason := sanitize.why_not(variant):
+        pytest.skip(reason)
+    library = build([HERE / "probes.cu"], variant=variant)
+    index = [*SEEN, "shared_read_out_of_bounds"].index(name)
+    expected = SANITIZED[name][("asan", "tsan").index(variant)]
+    right, wrong = (sanitize.python(variant, "probe.py", library, index, bug) for bug in (0, 1))
+    assert right.returncode == 0, right.stderr[:3000]
+    assert (wrong.returncode != 0) == bool(expected) and expected in wrong.stderr
 
 
 def test_schedules_differ_and_repeat(emulator):
