@@ -1,6 +1,7 @@
 """Compiles csrc/cuda/*.cu with nvcc: once for each state of the sources, kept under build/codegen.
 
-One invocation makes the code of all architectures of a file. Flags are those of CMakeLists.txt's release build.
+A source becomes PTX for compute capability 8.0 and, from that, the code of every architecture: the kernels use nothing
+that came later, so CUDA C++ is translated once, as in cmake/cuda.cmake.
 """
 
 import functools
@@ -40,20 +41,37 @@ def sources(csrc: Path = ROOT / "csrc") -> list[Path]:
     return sorted((csrc / "cuda").glob("*.cu"))
 
 
-def fatbin(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
-    """The file's code for every architecture."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    return _compiled(source, "fatbin", ("-fatbin", "--threads=2", *targets))
-
-
 def host(source: Path) -> Path:
-    """An object file: the launchers' own code, and the kernels as PTX for sm_80."""
+    """An object file: the launchers' own code, and the kernels as PTX."""
     return _compiled(source, "o", ("-c", "-Xcompiler=-fPIC", "-gencode=arch=compute_80,code=compute_80"))
 
 
 def ptx(source: Path) -> str:
-    """The file's PTX for sm_80."""
+    """The file's PTX."""
     return subprocess.run([tool("cuobjdump"), "-ptx", host(source)], capture_output=True, text=True, check=True).stdout
+
+
+def cubin(source: Path, architecture: int) -> Path:
+    """The file's code for one architecture."""
+    text = ptx(source)
+    text = text[text.index(".version") :]  # behind cuobjdump's own lines
+    known = hashlib.sha256(f"{version()} sm_{architecture} {text}".encode()).hexdigest()[:16]
+    path = KEPT / f"{source.stem}-{architecture}-{known}.cubin"
+    if not path.exists():
+        given = KEPT / f"{source.stem}-{known}.ptx"
+        given.write_text(text)
+        make(path, nvcc(), "-cubin", f"-arch=sm_{architecture}", str(given))
+        given.unlink()
+    return path
+
+
+def all_cubins() -> dict[tuple[str, int], Path]:
+    """By source and architecture, two at a time."""
+    each(host)
+    wanted = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda one: cubin(*one), wanted)
+        return {(source.stem, architecture): path for (source, architecture), path in zip(wanted, made, strict=True)}
 
 
 def each(make: Callable[[Path], Path], csrc: Path = ROOT / "csrc") -> dict[Path, Path]:

@@ -16,20 +16,15 @@ import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
+from typing import NamedTuple
 
-import numpy as np
 from codegen import nvcc
 from codegen.sass import demangled
-from ptx.execute import Counts, launch
 from ptx.parse import Module
-from torch import Tensor
+from ptx.session import Run
 
 from llmbuilder.ops import _backend
-
-data_ptr = Tensor.data_ptr
 
 Callback = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -41,28 +36,11 @@ Callback = ctypes.CFUNCTYPE(
 )
 
 
-@dataclass
-class Run:
-    """The launches within ``interpreting``."""
-
-    launches: list[tuple[str, Counts]] = field(default_factory=list)  # with the kernel's name
-    error: Exception | None = None
-
-    def unique(self, tensor: Tensor, kind: str) -> int:
-        """Bytes of a tensor that a launch read, or wrote, at least once; summed over launches."""
-        return sum(buffer.unique(kind) for buffer in self._buffers(tensor))
-
-    def requested(self, tensor: Tensor, kind: str) -> int:
-        """Bytes that the lanes asked for."""
-        return sum(buffer.requested[kind] for buffer in self._buffers(tensor))
-
-    def executed(self, *parts: str) -> int:
-        """Executions by a warp of opcodes that have all these parts."""
-        return sum(counts.executed(*parts) for _, counts in self.launches)
-
-    def _buffers(self, tensor: Tensor):
-        start = data_ptr(tensor)
-        return [b for _, counts in self.launches for b in counts.memory.buffers.values() if b.start == start]
+class Launch(NamedTuple):
+    symbol: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int  # dynamic bytes
 
 
 class Device:
@@ -74,55 +52,42 @@ class Device:
         self._callback = Callback(self._launch)  # kept alive
         library.ptx_set_run(self._callback)
         self._run = Run()
-        self._tensors: dict[int, Tensor] = {}
-        self._seed = 0
+        self._noted: list[Launch] | None = None
 
     @contextmanager
     def interpreting(self, seed: int = 0) -> Iterator[Run]:
-        """The kernels are the backend `cuda`, for tensors on the CPU; ``seed`` draws the order of blocks and warps.
-
-        Raises PtxError for what a GPU would refuse or leave undefined.
-        """
-        self._run, self._seed, self._tensors = Run(), seed, {}
-
-        def registering(tensor: Tensor) -> int:
-            self._tensors.setdefault(data_ptr(tensor), tensor)
-            return data_ptr(tensor)
-
+        """The kernels are the backend `cuda`, for tensors on the CPU. Raises PtxError for what a GPU would refuse or
+        leave undefined."""
+        self._run = Run(seed)
         try:
-            with _backend.emulated(self.module), mock.patch.object(Tensor, "data_ptr", registering):
+            with _backend.emulated(self.module), self._run.knowing():
                 yield self._run
         except RuntimeError as error:
             raise (self._run.error or error) from error
 
+    @contextmanager
+    def recording(self) -> Iterator[list[Launch]]:
+        """Launches are noted, and nothing is run."""
+        self._noted = []
+        try:
+            with _backend.emulated(self.module):
+                yield self._noted
+        finally:
+            self._noted = None
+
     def _launch(self, name, grid, block, arguments, shared) -> int:
         try:
             symbol = name.decode()
+            if self._noted is not None:
+                self._noted.append(Launch(symbol, tuple(grid[:3]), tuple(block[:3]), shared))
+                return 0
             kernel = next(m for m in self._modules if symbol in m.names).kernel(symbol)
             values = [ctypes.string_at(arguments[i], size) for i, (_, size) in enumerate(kernel.parameters.values())]
-            buffers = {
-                f"{list(t.shape)} at {at:#x}": _memory(at, _extent(t)) for at, t in self._tensors.items() if t.numel()
-            }
-            counts = launch(kernel, grid[:3], block[:3], values, buffers, shared, self._seed)
-            self._run.launches.append((short_name(symbol), counts))
+            self._run.launch(short_name(symbol), kernel, grid[:3], block[:3], values, shared)
         except Exception as error:  # carried over the C++ frames to `interpreting`
             self._run.error = self._run.error or error
             return 1
         return 0
-
-    def _buffers(self) -> dict[str, np.ndarray]:
-        known = {at: tensor for at, tensor in self._tensors.items() if tensor.numel()}
-        return {f"{list(tensor.shape)} at {at:#x}": _memory(at, _extent(tensor)) for at, tensor in known.items()}
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to behind the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _memory(address: int, size: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
 
 
 @functools.cache

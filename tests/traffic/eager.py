@@ -21,7 +21,7 @@ class EagerTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if not (_is_view(function) or _is_factory(function)):
+        if not (_is_view(function) or _allocates(function)):
             self.operators.append(function.name().removeprefix("aten::"))
             read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.numel()}
             for tensor in (*read.values(), *(t for t in tree_leaves(result) if isinstance(t, torch.Tensor))):
@@ -39,5 +39,8 @@ def _is_view(function) -> bool:
     return function.name() == "aten::detach" or (bool(aliases) and not any(a.is_write for a in aliases))
 
 
-def _is_factory(function) -> bool:
-    return not any(isinstance(a.type, torch.TensorType) for a in function._schema.arguments)
+def _allocates(function) -> bool:
+    name = function.name().removeprefix("aten::").partition(".")[0]
+    return name in ("new_empty", "empty_like") or not any(
+        isinstance(argument.type, torch.TensorType) for argument in function._schema.arguments
+    )
