@@ -87,17 +87,16 @@ DEVICE Softmax softmax_of(const Row<T>& row) {
   return sum;
 }
 
-/// The gradient of weight * loss in the logits' place.
+/// The gradient of weight * loss in the logits' place: weight * (softmax - 1 at the target) * dz/dx.
 template <class T>
-DEVICE void differentiate(const Row<T>& row, const Softmax& softmax, int64_t target, float loss, float weight) {
-  const float factor = weight / softmax.total;
+DEVICE void differentiate(const Row<T>& row, const Softmax& softmax, int64_t target, float weight) {
+  const float inverse = 1 / softmax.total;
   row.each_eight([&](int64_t first, int valid, float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const Capped capped(x[i], row.softcap);
-      // at the target p - 1, without the cancellation
-      const float grad = first + i == target ? expm1f(-loss) * weight : expf(capped.z - softmax.largest) * factor;
-      x[i] = grad * capped.slope;
+      const float p = expf(capped.z - softmax.largest) * inverse;
+      x[i] = weight * (first + i == target ? p - 1 : p) * capped.slope;
     }
     store_floats(row.logits + first, valid, row.vector, x);
   });
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(THREADS)
     store(losses + i, loss);
     store(predictions + i, int64_t(softmax.column));
   }
-  if (need_grad) differentiate(row, softmax, target, loss, row_weights ? load(row_weights + i) : 1.0f);
+  if (need_grad) differentiate(row, softmax, target, row_weights ? load(row_weights + i) : 1.0f);
 }
 
 }  // namespace

@@ -82,12 +82,12 @@ def test_what_is_not_finite_goes_through_as_in_the_formula(cuda, logits):
 
 
 def test_a_sure_prediction_has_a_tiny_gradient_not_zero(cuda):
-    """p - 1 at the target and p elsewhere, also where p is one but for a ten-millionth."""
+    """p - 1 at the target, within the last place of p, and p elsewhere, also where p is one but for a ten-millionth."""
     logits = torch.tensor([[16.0, 0.0, 0.0]])
     exact = logits.double().softmax(-1) - torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     _cuda.softmax_cross_entropy_(logits, torch.tensor([0]), None, 0.0, True)
     torch.testing.assert_close(logits[:, 1:].double(), exact[:, 1:], rtol=1e-6, atol=0)
-    assert abs(float(logits[0, 0]) - float(exact[0, 0])) < 1e-7
+    assert abs(float(logits[0, 0]) - float(exact[0, 0])) < 1.2e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
