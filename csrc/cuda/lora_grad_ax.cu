@@ -1,30 +1,28 @@
 // dA = dS^T drop(x) and dX0 = mask * (dS A): x is read once, and the mask drawn once for both.
 //
 //                        columns ->
-//        ranks  |  dS rows  |      +--------------+--------------+--
-//      +--------+           |      |      A       |              |         a block stays on its columns and walks down
-//      |   dS   |  ROWS     v      +--------------+--------------+--       its slab of rows, ROWS at a time:
-//      +--------+  of a tile       |  x, then dX  |    block     |
-//      |        |                  +--------------+    on the    |         1  x to registers (asked for a tile ahead),
-//      one |        |                  |              |    right     |            Philox call for eight columns,
-//      dropped x
-//      +--------+  slab            |              |              |            to shared memory; dS by cp.async
-//      |        |                  |    next      |              |         2  dA += dS^T x    sums stay in registers
-//      |        |                  |    slab      |              |         3  dX  = dS A, over the ranks
-//                                                                          4  dX through x's place in shared memory to
-//                                                                             whoever drew its mask, and out by 16
-//                                                                             bytes
+//               |  rows  |      +--------------+-----     A block stays on its columns and walks down its slab of
+//      ranks    v        v      |      A       |          rows, ROWS at a time:
+//      +--------+               +--------------+-----
+//      |   dS   |  a tile       |  x, then dX  |  the     1  x to registers, asked for a tile ahead; one Philox call
+//      +--------+               +--------------+  next       for eight columns; what it keeps to shared memory
+//      |        |  slab         |              |  block   2  dA += dS^T x, in registers until the slab's end
+//      |        |               |              |          3  dX = dS A, over the ranks
+//      +--------+               +--------------+-----     4  dX, through x's place in shared memory, to the threads
+//      |        |  next slab    |              |             that drew its mask, and out by 16 bytes
 //
-// Warps share dA by ranks and columns (2) and dX by rows and columns (3). At the slab's end dA goes to the workspace,
-// and a second launch adds the slabs in order. The number of slabs depends on the shape alone: a shape has one result.
+// Warps share dA by ranks and columns, and dX by rows and columns. At the slab's end dA goes to the workspace, and a
+// second launch adds the slabs in order. The number of slabs depends on the shape alone: a shape has one result.
 //
-// Traffic, in bytes, with e of an element:  e M K   x, once
-//                                           e M K   dX0, once; nothing where x needs no gradient
-//                     columns / COLUMNS *   e M r   dS, nearly always from the second-level cache
-//                                  slabs *  e r K   A, likewise
-//                              2 * slabs *  4 r K   partial sums, written and read
-//                                           4 r K   dA
-// Beyond 256 ranks each further 256 take another pass over x, and one that adds to dX0.
+// Traffic in bytes, an element having e of them; dS and A come nearly always from the second-level cache:
+//
+//     x, and dX0 where x needs a gradient    e M K each, once
+//     dS                                     e M r * blocks of columns
+//     A                                      e r K * slabs
+//     partial sums, written and read         4 r K * slabs * 2      each slab has 4 r rows or more: at most e M K / 2
+//     dA                                     4 r K
+//
+// More than 256 ranks (128 in fp32) take another run for each further 256: over x again, and adding to dX0.
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mask.h"

@@ -2,36 +2,37 @@
 //
 // Up to 32 ranks dY is read once for both:
 //
-//                           columns ->
-//                      |     B, stays     |
-//      ranks           +------------------+------
-//     +------+  rows   |   dY, ROWS at    |            a block stays on its columns and walks down its slab of rows;
-//     |  S   |    |    |   a time         |  block     dY and S come by cp.async, a tile ahead
-//     +------+    v    +------------------+  on the      1  dS of these rows = dY B, over the block's columns: done,
-//     and |      |  slab   |                  |  right          to the workspace, one part of dS for each block of
-//     columns
-//     +------+         +------------------+--------      2  dB += dY^T S stays in registers until the slab's end, then
-//     to |      |         |    next slab     |                 the workspace, one part of dB for each slab
+//                          columns ->
+//      ranks    |  rows  |      +--------------+-----     A block stays on its columns and walks down its slab of
+//      +------+ v        v      |  B, stays    |          rows, ROWS at a time, which come by cp.async a tile ahead:
+//      |  S   |  a tile         +--------------+-----
+//      +------+                 |      dY      |  the     1  dS of these rows over the block's columns = dY B:
+//      |      |  slab           +--------------+  next       complete, and to the workspace, one part of dS for each
+//      |      |                 |              |  block      block of columns
+//      +------+                 +--------------+-----     2  dB += dY^T S, in registers until the slab's end, then to
+//      |      |  next slab      |              |             the workspace, one part of dB for each slab
 //
-// A part of dS is 4 r bytes for every 512 bytes of a row of dY, and so cheap only while r is small: above 32 ranks two
-// passes over dY cost less. Each keeps its sums in registers for the length of its walk, down for dB and to the right
-// for dS:
+// A part of dS costs 4 r bytes for each row of a block's columns, so that above 32 ranks two passes over dY are
+// cheaper. Each keeps its sums in registers for the length of its walk, down for dB and to the right for dS:
 //
-//     dS   64 rows    x all ranks      +------+------+--      dB   64 columns x all ranks      +------+
-//                                      |  dY  | next |  ...                                    |  dY  |    S beside it
-//                                      +------+------+--                                       +------+
-//                                      B beside it                                             | next |
+//                        +------+------+----                                  +------+
+//     dS, 64 rows by     |  dY  | next |   B beside it    dB, 64 columns by   |  dY  |   S beside it
+//     all ranks          +------+------+----              all ranks           +------+
+//                                                                             | next |
 //
-// A second launch adds the parts in order, of dS and of dB alike. How many parts there are depends on the shape alone:
-// a shape has one result.
+// A last launch adds the parts of both in order. How many there are depends on the shape alone: a shape has one result.
 //
-// Traffic, in bytes, with e of an element, in one pass:            and in two:
-//     dY         e M N                                             2 e M N
-//     B          e N r * slabs of rows                             e N r * M / 64         nearly all from the second-
-//     S          e M r * N / COLUMNS                               e M r * N / 64         level cache
-//     parts      2 * 4 r (M * N / COLUMNS + N * slabs)             2 * 4 r (M * slabs of columns + N * slabs of rows)
-//     dS, dB     e M r + 4 N r                                     the same
-// Beyond 256 ranks each further 256 take two more passes.
+// Traffic in bytes, an element having e of them; B and S come nearly always from the second-level cache:
+//
+//                                     in one pass                      in two
+//     dY                              e M N                            2 e M N
+//     B                               e N r * slabs                    e N r * M / 64
+//     S                               e M r * blocks of columns        e M r * N / 64
+//     parts of dS, written and read   4 M r * blocks of columns * 2    4 M r * slabs of columns * 2
+//     parts of dB, written and read   4 N r * slabs * 2                4 N r * slabs of rows * 2
+//     dS and dB                       e M r + 4 N r                    e M r + 4 N r
+//
+// More than 256 ranks (128 in fp32) take another run for each further 256.
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"

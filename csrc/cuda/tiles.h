@@ -2,12 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/device.h"
 #include "llmbuilder/cuda.h"
 
 namespace llmbuilder::gpu {
 
 /// How many parts cover a size.
-constexpr int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
+HD constexpr int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 /// lora_shrink: a warp takes ROW_TILES * 16 rows and every DEPTH_WARPS-th 32 columns, and holds sums for RANK ranks.
 /// RANK is the largest rank that a row serves; larger ones take more blocks of the last.
@@ -72,7 +73,7 @@ auto with_grad_ax_tile(int64_t rank, F f) {
   constexpr int LINE = 128 / SIZE;
   // clang-format off
   //                                       ranks, rank warps, column warps, columns / 8, rows, row warps, blocks
-  if (rank <= 16) return f(GradAXTile<     16,    1,          4,            4,           32,   1,         512>());
+  if (rank <= 16) return f(GradAXTile<     16,    1,          4,            4,           32,   1,         256>());
   if (rank <= 32) return f(GradAXTile<     32,    1,          4,            4,           32,   1,         256>());
   if (rank <= 64) return f(GradAXTile<     64,    2,          2,            4,           LINE, 2,         256>());
   if (SIZE == 4 || rank <= 128)
@@ -83,16 +84,16 @@ auto with_grad_ax_tile(int64_t rank, F f) {
 }
 
 /// lora_grad_sb up to 32 ranks: a block takes COLUMNS columns, ROWS rows at a time. Four warps share dB by columns, and
-/// dS two by two, by rows and ranks.
-template <int RANK_, int SIZE>
+/// dS two by two, by rows and ranks. The wider a block, the fewer parts of dS; 16 ranks leave room for twice the width.
+template <int RANK_, int COLUMNS_>
 struct GradSBTile {
-  static constexpr int RANK = RANK_, COLUMNS = 512 / SIZE, ROWS = 32, THREADS = 128, BLOCKS = 256;
+  static constexpr int RANK = RANK_, COLUMNS = COLUMNS_, ROWS = 32, THREADS = 128, BLOCKS = 128;
 };
 constexpr int64_t ONE_PASS_RANK = 32;
 
 template <int SIZE, class F>
 auto with_grad_sb_tile(int64_t rank, F f) {
-  return rank <= 16 ? f(GradSBTile<16, SIZE>()) : f(GradSBTile<32, SIZE>());
+  return rank <= 16 ? f(GradSBTile<16, 1024 / SIZE>()) : f(GradSBTile<32, 512 / SIZE>());
 }
 
 /// lora_grad_sb above: a block takes ACROSS rows of dY for dS, or columns for dB, and sums over DEPTH at a time. A warp
