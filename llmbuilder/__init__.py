@@ -14,17 +14,28 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .data import MultiTaskDataset
     from .finetune import FineTuner, FineTuningConfig, finetune_model
     from .models import load_model, save_model
     from .nn import LoRAConfig
 
-__all__ = ["FineTuner", "FineTuningConfig", "LoRAConfig", "__version__", "finetune_model", "load_model", "save_model"]
+__all__ = [
+    "FineTuner",
+    "FineTuningConfig",
+    "LoRAConfig",
+    "MultiTaskDataset",
+    "__version__",
+    "finetune_model",
+    "load_model",
+    "save_model",
+]
 
 _HOME = {
     "FineTuner": ".finetune",
     "FineTuningConfig": ".finetune",
     "finetune_model": ".finetune",
     "LoRAConfig": ".nn",
+    "MultiTaskDataset": ".data",
     "load_model": ".models",
     "save_model": ".models",
 }

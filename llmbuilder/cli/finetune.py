@@ -81,6 +81,7 @@ def _summary(results: "Results") -> str:
 
 
 def _chat_command(model: str, output: Path) -> str:
-    adapter = output / "adapter"
-    tuned = ["--model", model, "--adapter", str(adapter)] if adapter.is_dir() else ["--model", str(output / "model")]
+    adapters = [output / "adapter", *sorted(output.glob("adapters/*"))]
+    adapter = next((folder for folder in adapters if folder.is_dir()), None)
+    tuned = ["--model", str(output / "model")] if adapter is None else ["--model", model, "--adapter", str(adapter)]
     return shlex.join(["llmbuilder", "chat", *tuned])

@@ -1,10 +1,9 @@
 """Data: files and rows to tokenised examples, and examples to batches."""
 
-from typing import Any
-
 from .collate import Collator, collate
 from .examples import Dataset, Example
 from .load import load_dataset
+from .multitask import MultiTaskDataset
 from .report import DataReport
 from .split import DatasetView, split
 from .task import ChatDataset, TaskDataset
@@ -18,6 +17,7 @@ __all__ = [
     "Dataset",
     "DatasetView",
     "Example",
+    "MultiTaskDataset",
     "TaskDataset",
     "TextDataset",
     "TokenDataset",
@@ -25,9 +25,3 @@ __all__ = [
     "load_dataset",
     "split",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "MultiTaskDataset":
-        raise AttributeError("MultiTaskDataset: training on several tasks at once is not there yet")
-    raise AttributeError(f"module 'llmbuilder.data' has no attribute '{name}'")

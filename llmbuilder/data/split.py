@@ -58,7 +58,8 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[DatasetView, Da
         seed: the same seed and number of examples give the same parts.
 
     Returns:
-        (train, validation), each in the dataset's order; together they hold each example once.
+        (train, validation), each in the dataset's order; together they hold each example once. Of several tasks, each
+        is divided by itself.
 
     Raises:
         ConfigError: ``fraction`` not between 0 and 1.
@@ -66,6 +67,9 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[DatasetView, Da
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"validation_split must lie between 0 and 1, got {fraction}")
+    if hasattr(dataset, "split"):  # several tasks: each by itself
+        parts: tuple[Any, Any] = dataset.split(fraction, seed)
+        return parts
     total = len(dataset)
     if total < 2:
         raise LLMBuilderError(f"cannot split {total} example(s) in two: give more data, or no validation_split")

@@ -8,16 +8,20 @@ from ..methods import (
     EWC,
     L2,
     BaseTask,
+    CodeLoss,
     Domain,
     FactualKnowledge,
+    FillInTheMiddle,
     Freeze,
     Full,
     General,
     GeneralKnowledge,
     LoRA,
+    MultiTask,
     Progressive,
     Replay,
     SpecialTokens,
+    TaskAdapters,
 )
 from .config import FineTuningConfig
 from .past import Past
@@ -35,7 +39,8 @@ def make_methods(config: FineTuningConfig, past: Past | None = None, base_val: b
     methods: list[Any] = []
     if needs_general(config, past or Past(), base_val):
         methods.append(General(config.general_tokens, config.domain))
-    adapted = None if lora is None else LoRA(lora)
+    make_adapted = LoRA if config.shared_encoder else TaskAdapters
+    adapted = None if lora is None else make_adapted(lora)
     if config.special_tokens:
         methods.append(SpecialTokens(config.special_tokens, adapted))
     methods.append(adapted or Full(config.dropout_rate))
@@ -45,8 +50,15 @@ def make_methods(config: FineTuningConfig, past: Past | None = None, base_val: b
         if config.style_adaptation:
             warnings.warn("style_adaptation trains attention only: preserve_factual_knowledge is implied", stacklevel=3)
         methods.append(FactualKnowledge())
+    if config.multi_task:
+        weights = config.task_weights or {}
+        methods.append(MultiTask(weights, config.task_specific_heads, adapters=not config.shared_encoder))
     if config.unfreeze_schedule:
         methods.append(Progressive(config.unfreeze_schedule))
+    if config.syntax_aware_training:
+        methods.append(FillInTheMiddle(config.code_language or "", config.max_seq_length, adapted))
+    if config.code_specific_loss:
+        methods.append(CodeLoss(config.code_language or ""))
     if config.domain_weight is not None:
         methods.append(Domain(config.domain_weight, config.domain))
     if config.preserve_general_knowledge:

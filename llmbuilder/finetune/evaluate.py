@@ -22,6 +22,9 @@ class Score:
     correct: int
     tokens: int
 
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.loss_sum + other.loss_sum, self.correct + other.correct, self.tokens + other.tokens)
+
     @property
     def loss(self) -> float:
         return self.loss_sum / self.tokens if self.tokens else math.nan
@@ -35,8 +38,7 @@ def score(head: LanguageHead, batches: Iterable[Mapping[str, Tensor]]) -> Score:
     """Add up every batch's ``LanguageHead.score``; the sums are Python floats, thus fp64."""
     total = Score(0.0, 0, 0)
     for batch in batches:
-        loss_sum, correct, tokens = head.score(batch)
-        total = Score(total.loss_sum + loss_sum, total.correct + correct, total.tokens + tokens)
+        total = total + Score(*head.score(batch))
     return total
 
 

@@ -10,17 +10,17 @@ from .files import remove, write_text
 from .results import Results
 
 CONTENT = (
-    *("adapter", "model", "past", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "results.json"),
-    "loss.png",
+    *("adapter", "adapters", "model", "heads", "past", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml"),
+    *("results.json", "loss.png"),
 )
 
 MARK = "# The settings of a run of llmbuilder, as resolved.\n"
 
 
 class RunFolder:
-    """A run's folder, by name of content: adapter/ (PEFT format) or model/, past/ (what a run that goes on from
-    this one needs to know), checkpoints/step-N/, metrics.jsonl, tensorboard/, config.yaml (as resolved), results.json,
-    loss.png.
+    """A run's folder, by name of content: adapter/ (PEFT format), adapters/TASK/ or model/, heads/ (of tasks), past/
+    (what a run that goes on from this one needs to know), checkpoints/step-N/, metrics.jsonl, tensorboard/,
+    config.yaml (as resolved), results.json, loss.png.
 
     Raises:
         LLMBuilderError: it holds a run and neither ``resume`` nor ``overwrite`` says what to do with it.

@@ -1,6 +1,6 @@
 """Judging a model on a data set, within a run or without one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,20 @@ class Judge:
         model: on the device where it shall run.
         loader: makes the batches.
         bf16: autocast to bf16; None does so where the model has a bf16 weight.
+        parts: gives a data set in parts, the model set for each until the next one is asked for.
     """
 
-    def __init__(self, model: nn.Module, loader: Loader, bf16: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        bf16: bool | None = None,
+        parts: Callable[[Any], Iterator[Any]] = lambda dataset: iter([dataset]),
+    ) -> None:
         self.model = model
         self.loader = loader
         self.bf16 = any(w.dtype == torch.bfloat16 for w in model.parameters()) if bf16 is None else bf16
+        self.parts = parts
         self.head = LanguageHead(model)
 
     def score(self, dataset: Any) -> Score:
@@ -37,10 +45,12 @@ class Judge:
         Raises:
             LLMBuilderError: it has no targets.
         """
-        plan = in_order(len(dataset), self.loader.config.batch_size)
-        batches = self.loader.batches({"train": dataset}, plan)
-        with self._judging():
-            total = score(self.head, (self.loader.to_device(batch.tensors) for batch in batches))
+        total = Score(0.0, 0, 0)
+        for part in self.parts(dataset):
+            plan = in_order(len(part), self.loader.config.batch_size)
+            batches = self.loader.batches({"train": part}, plan)
+            with self._judging():
+                total = total + score(self.head, (self.loader.to_device(batch.tensors) for batch in batches))
         if not total.tokens:
             raise LLMBuilderError("the evaluation data has no token to predict; check its labels")
         return total
@@ -54,10 +64,13 @@ class Judge:
         """
         self.loader.bind(dataset)
         total = self.score(dataset)
-        with self._judging():
-            pairs = dataset.generation_pairs(GENERATED_PAIRS) if hasattr(dataset, "generation_pairs") else []
-            batch_size = self.loader.config.batch_size
-            compared = continuations(self.model, self.loader.tokenizer, pairs, batch_size) if pairs else []
+        compared: list[tuple[str, str]] = []
+        limit = max(1, GENERATED_PAIRS // len(getattr(dataset, "tasks", [dataset])))
+        for part in self.parts(dataset):
+            pairs = part.generation_pairs(limit) if hasattr(part, "generation_pairs") else []
+            with self._judging():
+                batch_size = self.loader.config.batch_size
+                compared += continuations(self.model, self.loader.tokenizer, pairs, batch_size) if pairs else []
         exact = getattr(dataset, "metric", None) == "exact_match"
         return EvalResults(
             loss=total.loss,

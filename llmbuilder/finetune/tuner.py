@@ -136,7 +136,7 @@ class FineTuner:
         if self.config.gradient_checkpointing:
             enable_checkpointing(model)
 
-        self.judge = Judge(model, self.loader, self.bf16)
+        self.judge = Judge(model, self.loader, self.bf16, self.methods.parts)
         self.head = self.judge.head
         self.optimizer = make_optimizer(self.config, self.trained)
         window = self.config.gradient_accumulation_steps
@@ -212,14 +212,15 @@ class FineTuner:
         loss = extra = 0.0
         for batch in window:
             batch.tensors = self.loader.to_device(batch.tensors)
-            with self._autocast():
-                main = self.methods.loss(self.model, batch, window)
-                if main is None:
-                    main = self.head.loss_sum(batch.tensors)[0] / max(targets, 1)
-                more = self.methods.extra_loss(self.model, batch, window)
-            torch.autograd.backward(main if more is None else main + more)
-            loss += float(main.detach())
-            extra += 0.0 if more is None else float(more.detach())
+            for part in self.methods.split(batch):
+                with self._autocast():
+                    main = self.methods.loss(self.model, part, window)
+                    if main is None:
+                        main = self.head.loss_sum(part.tensors)[0] / max(targets, 1)
+                    more = self.methods.extra_loss(self.model, part, window)
+                torch.autograd.backward(main if more is None else main + more)
+                loss += float(main.detach())
+                extra += 0.0 if more is None else float(more.detach())
         extra += self.methods.penalty()
         grad_norm = self._clip()
         self._require_finite(progress.step + 1, loss + extra, grad_norm)

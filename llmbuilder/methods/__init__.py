@@ -2,14 +2,17 @@
 
 from .base import Batch, Example, Key, Method, Methods, Run
 from .base_task import BaseTask
+from .code_loss import CodeLoss
 from .distill import GeneralKnowledge
 from .domain import Domain
 from .ewc import EWC
+from .fim import FillInTheMiddle
 from .freeze import Freeze
 from .full import Full
 from .general import General
 from .l2 import L2
 from .lora import LoRA
+from .multitask import MultiTask, TaskAdapters
 from .progressive import Progressive
 from .replay import Replay
 from .style import FactualKnowledge
@@ -20,9 +23,11 @@ __all__ = [
     "L2",
     "BaseTask",
     "Batch",
+    "CodeLoss",
     "Domain",
     "Example",
     "FactualKnowledge",
+    "FillInTheMiddle",
     "Freeze",
     "Full",
     "General",
@@ -31,8 +36,10 @@ __all__ = [
     "LoRA",
     "Method",
     "Methods",
+    "MultiTask",
     "Progressive",
     "Replay",
     "Run",
     "SpecialTokens",
+    "TaskAdapters",
 ]

@@ -10,7 +10,8 @@ A method is an object with a ``name`` and those hooks of :class:`Method` that it
     batches                     before each epoch: which examples form each batch
     start_epoch                 before each epoch: what trains from here on
     for each optimizer step:
-        loss, extra_loss        once a batch; together they make the step's loss
+        split                   once a batch: into parts that need the model set in different ways
+        loss, extra_loss        once a part; together they make the step's loss
         penalty                 once a step, after the last backward and before clipping: adds to ``.grad`` itself
         after_step              once a step, after the optimizer
     state                       at each checkpoint
@@ -22,7 +23,7 @@ A method is an object with a ``name`` and those hooks of :class:`Method` that it
 Several methods compose: each hook runs in the order in which the methods are given.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +123,15 @@ class Method(Protocol):
         """Set ``requires_grad`` for this epoch. A parameter without a gradient is neither moved nor decayed, and its
         optimizer state starts clean when it first has one."""
 
+    def split(self, batch: Batch) -> Iterator[Batch]:
+        """The batch in parts, the model set for each until the next one is asked for: forward and backward pass of a
+        part run in between. At most one method of a run may define it."""
+
+    def parts(self, dataset: Any) -> Iterator[Any]:
+        """A data set to judge by in parts, the model set for each likewise. Goes with ``split``."""
+
     def loss(self, model: nn.Module, batch: Batch, window: Sequence[Batch]) -> Tensor:
-        """This batch's share of the step's loss, in place of cross-entropy over the step's targets.
+        """This part's share of the step's loss, in place of cross-entropy over the step's targets.
 
         ``window`` holds all batches of the optimizer step, so that whatever is averaged can be counted first. At most
         one method of a run may define it.
@@ -160,7 +168,7 @@ class Method(Protocol):
         """Take back what ``state`` returned."""
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write what was trained into a run's folder, whole or not at all. Exactly one method of a run defines it."""
+        """Write what the method trained into a run's folder, whole or not at all, each under a name of its own."""
 
 
 class Methods:
@@ -188,6 +196,18 @@ class Methods:
     def start_epoch(self, epoch: int) -> None:
         for hook in self._hooks("start_epoch"):
             hook(epoch)
+
+    def split(self, batch: Batch) -> Iterator[Batch]:
+        """The batch in the parts of the method that splits it, else as it is."""
+        for hook in self._hooks("split"):
+            return iter(hook(batch))
+        return iter([batch])
+
+    def parts(self, dataset: Any) -> Iterator[Any]:
+        """A data set to judge by, in the parts of the method that splits it, else as it is."""
+        for hook in self._hooks("parts"):
+            return iter(hook(dataset))
+        return iter([dataset])
 
     def loss(self, model: nn.Module, batch: Batch, window: Sequence[Batch]) -> Tensor | None:
         """The loss of the method that defines one, else None."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..models import save_model
+from ..nn.tasks import heads_aside
 from .base import Run
 
 
@@ -28,7 +29,8 @@ class Full:
             set_dropout(run.model, self.dropout_rate)
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        save_model(model, folder / "model")
+        with heads_aside(model):
+            save_model(model, folder / "model")
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

@@ -15,6 +15,7 @@ from .inject import add_lora
 from .lora import LoRAEmbedding, LoRALinear
 from .merge import merge_lora, unmerge_lora
 from .peft_format import load_adapter, save_adapter
+from .tasks import load_heads, save_heads, use_head
 
 __all__ = [
     "LanguageHead",
@@ -30,7 +31,10 @@ __all__ = [
     "delete_adapter",
     "list_adapters",
     "load_adapter",
+    "load_heads",
     "merge_lora",
     "save_adapter",
+    "save_heads",
     "unmerge_lora",
+    "use_head",
 ]

@@ -242,7 +242,10 @@ class LanguageHead:
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    layer: Any = get() if callable(get) else None
+    while hasattr(type(layer), "serving"):  # of several copies, heads of tasks or of adapters, the one that serves
+        layer = layer.serving()
+    return layer
 
 
 def _text_config(model: nn.Module) -> Any:
