@@ -23,6 +23,7 @@ template <class T>
 struct Expand {
   T* y;
   int64_t y_stride;
+  bool y_vector;  // and the bias
   const T* bias;  // or null
   View<T> S, B;
   float scaling;
@@ -30,8 +31,8 @@ struct Expand {
   int64_t column_blocks;
 };
 
-/// VECTOR: y and the bias are aligned; S and B say so themselves.
-template <class Math, class Tile, bool VECTOR>
+/// ALIGNED: all matrices are; else each says so for itself.
+template <class Math, class Tile, bool ALIGNED>
 __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
     expand_kernel(Expand<typename Math::Element> a) {
   using T = typename Math::Element;
@@ -40,6 +41,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
   const int64_t row =
       blockIdx.x / a.column_blocks * Tile::ROWS + warp % Tile::ROW_WARPS * Tile::ROW_TILES * MMA_ROWS + g;
   const int64_t column = blockIdx.x % a.column_blocks * Tile::COLUMNS + warp / Tile::ROW_WARPS * GROUPS * 32;
+
+  if (ALIGNED) a.S.vector = a.B.vector = true;
 
   float sums[Tile::ROW_TILES][GROUPS][4][4] = {};
   for (int64_t rank = 8 * t; rank - 8 * t < a.S.columns; rank += DEPTH) {
@@ -67,7 +70,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
 #pragma unroll
       for (int k = 0; k < 8; k++) values[k] = a.scaling * sums[i / 2][q][k / 2][i % 2 * 2 + k % 2];
       const int64_t valid = m < a.S.rows ? a.B.rows - n : 0;
-      write_eight(a.y + m * a.y_stride + n, a.bias ? a.bias + n : nullptr, a.accumulate, valid, VECTOR, values);
+      write_eight(a.y + m * a.y_stride + n, a.bias ? a.bias + n : nullptr, a.accumulate, valid, ALIGNED || a.y_vector,
+                  values);
     }
   }
 }
@@ -89,11 +93,18 @@ Status lora_expand(const Launch& launch, DType dtype, ConstMatrix S, ConstMatrix
     using Tile = ExpandTile<sizeof(T)>;
     const int64_t column_blocks = parts_of(N, Tile::COLUMNS), blocks = parts_of(M, Tile::ROWS) * column_blocks;
     if (!check.blocks(blocks).status()) return check.status();
-    const T* const bias_row = static_cast<const T*>(bias);
-    const Expand<T> a{
-        static_cast<T*>(y.data), y.stride, bias_row, view<T>(S), view<T>(B), scaling, accumulate, column_blocks};
+    const bool y_vector = aligned<T>(y) && aligned<T>({bias, 1, N, 0});
+    const Expand<T> a{static_cast<T*>(y.data),
+                      y.stride,
+                      y_vector,
+                      static_cast<const T*>(bias),
+                      view<T>(S),
+                      view<T>(B),
+                      scaling,
+                      accumulate,
+                      column_blocks};
     const dim3 grid(blocks);
-    if (aligned<T>(y) && aligned<T>({bias, 1, N, 0}))
+    if (y_vector && a.S.vector && a.B.vector)
       return LAUNCH((expand_kernel<Math, Tile, true>), grid, Tile::THREADS, 0, launch, a);
     return LAUNCH((expand_kernel<Math, Tile, false>), grid, Tile::THREADS, 0, launch, a);
   });

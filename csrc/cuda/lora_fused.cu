@@ -1,25 +1,33 @@
 // Base and update in one set of accumulators:
 //
-//     forward     y  = scaling S B^T                 + x W^T + b         W [N, K], B [N, r]: rows are columns of y
-//     backward    dX = mask / (1 - p) * (dS A)       + dY W              W [N, K], A [r, K]: rows are depth
+//     forward     y  = scaling S B^T          + x W^T + b      B [N, r] and W [N, K]: their rows are columns of y
+//     backward    dX = mask/(1 - p) (dS A)    + dY W           A [r, K] and W [N, K]: their rows are depth
 //
-// The update comes first. When its last tile is in the accumulators they are scaled, or masked and scaled, where they
-// stand, and the base is summed on top: no second set of accumulators, no correction afterwards, one pipeline of tiles.
+// The update comes first. When its last tile is summed, the sums are scaled, or masked and scaled, where they stand,
+// and the base is summed on top: no second set of accumulators, no correction afterwards, and one pipeline of tiles.
 //
-//         S | x           depth in tiles of 64 bytes:  update ... update  base  base  base ...
-//       +---+--------+    stages of shared memory, filled by cp.async two tiles ahead:
-//   128 |   |        |      wait for this tile's copies - barrier - issue the tile after next - ldmatrix, mma
-//       +---+--------+    a warp has 64 x 32 of the block's 128 x 128 sums
+//            depth in tiles of 64 bytes                          a tile in shared memory, a block's 128 x 128 of sums
+//          +--------+------+------+------+--                            W
+//      S,x | update | base | base | base |  ...                      +-------+
+//          +--------+------+------+------+--                         |       |
+//             ^ this tile: ldmatrix and mma                        x | 2 x 4 |   warps, each of 64 x 32
+//                      ^ the next: landed, or about to               |       |
+//                             ^ the one after: its copies begin      +-------+
 //
-// Rows of a tile are 64 bytes of depth, in four chunks of 16; the chunk's place is XORed with the row, so that the
-// eight rows that ldmatrix reads at once lie in different banks. In the backward pass the right operand's tile lies the
-// other way, rows of depth, and is turned by ldmatrix.trans (16-bit types) or read word by word (fp32).
+// Three stages of shared memory go round. A step waits for its tile's copies, passes the barrier, after which nobody
+// reads the stage of the tile before, begins to fill that, and multiplies.
 //
-// D gives a lane pairs of columns of four mma. A transposition within each quad of lanes makes Eights of them: then one
-// Philox call masks eight columns, and y is stored by 16 bytes; after masking, the same transposition puts them back.
+// Rows of 64 bytes of depth lie in four chunks of 16. A chunk's place is XORed with its row, so that the eight rows
+// that ldmatrix reads at once lie in different banks. Backward, the right operand's tile has depth as its rows, and is
+// turned by ldmatrix.trans (16-bit types) or read word by word (fp32).
 //
-// Traffic: x (or dY) once for each 128 columns of the result, W once for each 128 rows, mostly from the second-level
-// cache; the result once. Strict fp32 takes its products from shuffles (mma.h) and is here for completeness.
+// D gives a lane pairs of columns of four mma. Transposed within each quad of lanes they are Eights: one Philox call
+// masks them, and 16 bytes hold them. After masking they go back the same way.
+//
+// Traffic, in bytes, with e of an element and ceilings of the quotients:
+//     N / 128 * e M (K + r)   x and S      M / 128 * e N (K + r)   W and B      mostly from the second-level cache
+//     e M N                   y
+// and likewise backward. A GPU's library has better products than this one (wgmma, tcgen05): it serves where measured.
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
@@ -49,17 +57,18 @@ struct Wide {  // rows of columns: eight rows of 16-bit elements in turn, four r
   }
 };
 
-/// Copies the tile at (row, column) of a matrix, with zeros outside.
+/// The tile at (row, column) of a matrix, with zeros outside.
 template <class Layout, class T>
 DEVICE void copy_tile(unsigned char* tile, const View<T>& from, int64_t row, int64_t column) {
   constexpr int ELEMENTS = CHUNK / sizeof(T);
-  for (int i = threadIdx.x; i < SIDE_BYTES / CHUNK; i += Tile::THREADS) {
-    const int r = i / Layout::ROW_CHUNKS, c = i % Layout::ROW_CHUNKS;
+#pragma unroll
+  for (int i = 0; i < SIDE_BYTES / CHUNK / Tile::THREADS; i++) {
+    const int chunk = i * Tile::THREADS + threadIdx.x, r = chunk / Layout::ROW_CHUNKS, c = chunk % Layout::ROW_CHUNKS;
     const int64_t valid = row + r < from.rows ? from.columns - column - c * ELEMENTS : 0;
     const T* source = from.at + (row + r) * from.stride + column + c * ELEMENTS;
     T* target = reinterpret_cast<T*>(tile + Layout::place(r, c));
     if (from.vector) {
-      cp_async16(target, valid > 0 ? source : from.at, valid > 0);
+      cp_async16(target, source, valid > 0);
     } else {
 #pragma unroll
       for (int e = 0; e < ELEMENTS; e++) store(target + e, e < valid ? load(source + e) : from_bits<T>(0));
@@ -68,15 +77,20 @@ DEVICE void copy_tile(unsigned char* tile, const View<T>& from, int64_t row, int
 }
 
 template <class T>
+struct Product {
+  View<T> left, right;
+};
+
+template <class T>
 struct Fused {
-  View<T> left[2], right[2];  // update, base
+  Product<T> update, base;
   T* out;
   int64_t out_stride, M, N;  // of out
-  const T* bias;             // or null
-  float scale;               // of the update
-  DeviceMask mask;           // of the update; threshold 0 for none
+  bool out_vector;
+  const T* bias;    // or null
+  float scale;      // of the update
+  DeviceMask mask;  // of the update; threshold 0 for none
   int64_t column_blocks;
-  bool vector;
 };
 
 /// Turns each quad's v[4]: lane t's v[i] becomes lane i's v[t].
@@ -124,6 +138,25 @@ struct Sums {
       turn(v, t);
 #pragma unroll
       for (int j = 0; j < 4; j++) d[i / 2][j][i % 2 * 2 + h] = v[j];
+    }
+  }
+
+  DEVICE void scale(float factor) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * COLUMN_TILES * 4; i++) d[i / 16][i / 4 % 4][i % 4] *= factor;
+  }
+
+  /// Zero where the mask drops, the rest times `factor`; for the lane whose first Eight is `call` of `row`.
+  DEVICE void drop(const Mask& mask, float factor, int64_t row, int64_t call, int t) {
+    if (mask.threshold == 0) return scale(factor);
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i++) {
+      float values[8];
+      take(i, t, values);
+      const Keep keep = mask.draw(uint32_t(row + 8 * i), uint32_t(call));
+#pragma unroll
+      for (int k = 0; k < 8; k++) values[k] = keep(k) ? factor * values[k] : 0.0f;
+      put(i, t, values);
     }
   }
 };
@@ -201,37 +234,41 @@ DEVICE void multiply_step_fma(Sums& sums, const unsigned char* left, const unsig
   }
 }
 
-/// TURNED: rows of the right operands are depth.
-template <class Math, bool TURNED>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) fused_kernel(Fused<typename Math::Element> a) {
+/// TURNED: rows of the right operands are depth. ALIGNED: all matrices are; else each says so for itself.
+template <class Math, bool TURNED, bool ALIGNED>
+__global__ void __launch_bounds__(Tile::THREADS, sizeof(typename Math::Element) == 2 ? Tile::BLOCKS : 1)
+    fused_kernel(Fused<typename Math::Element> a) {
   using T = typename Math::Element;
   constexpr int DEPTH_ELEMENTS = Tile::DEPTH_BYTES / sizeof(T);
   DYN_SMEM(shared);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const int row = warp % Tile::ROW_WARPS * ROW_TILES * MMA_ROWS,
-            column = warp / Tile::ROW_WARPS * COLUMN_TILES * MMA_COLUMNS;
+  const int row = warp % Tile::ROW_WARPS * ROW_TILES * MMA_ROWS;
+  const int column = warp / Tile::ROW_WARPS * COLUMN_TILES * MMA_COLUMNS;
   const int64_t m0 = blockIdx.x / a.column_blocks * Tile::SIDE, n0 = blockIdx.x % a.column_blocks * Tile::SIDE;
-  const int64_t updates = parts_of(a.left[0].columns, DEPTH_ELEMENTS);
-  const int64_t tiles = updates + parts_of(a.left[1].columns, DEPTH_ELEMENTS);
+  const int64_t updates = parts_of(a.update.left.columns, DEPTH_ELEMENTS);
+  const int64_t tiles = updates + parts_of(a.base.left.columns, DEPTH_ELEMENTS);
 
+  const auto copy = [&](unsigned char* stage, Product<T> product, int64_t depth) {
+    if (ALIGNED) product.left.vector = product.right.vector = true;
+    copy_tile<Narrow>(stage, product.left, m0, depth);
+    if constexpr (TURNED) {
+      copy_tile<Wide<T>>(stage + SIDE_BYTES, product.right, depth, n0);
+    } else {
+      copy_tile<Narrow>(stage + SIDE_BYTES, product.right, n0, depth);
+    }
+  };
   const auto issue = [&](int64_t tile) {
-    if (tile < tiles) {
-      const bool base = tile >= updates;
-      unsigned char* stage = shared + tile % Tile::STAGES * STAGE_BYTES;
-      const int64_t depth = (base ? tile - updates : tile) * DEPTH_ELEMENTS;
-      copy_tile<Narrow>(stage, base ? a.left[1] : a.left[0], m0, depth);
-      if constexpr (TURNED) {
-        copy_tile<Wide<T>>(stage + SIDE_BYTES, base ? a.right[1] : a.right[0], depth, n0);
-      } else {
-        copy_tile<Narrow>(stage + SIDE_BYTES, base ? a.right[1] : a.right[0], n0, depth);
-      }
+    unsigned char* stage = shared + tile % Tile::STAGES * STAGE_BYTES;
+    if (tile < updates) {
+      copy(stage, a.update, tile * DEPTH_ELEMENTS);
+    } else if (tile < tiles) {
+      copy(stage, a.base, (tile - updates) * DEPTH_ELEMENTS);
     }
     cp_async_commit();
   };
 
   Sums sums = {};
-  for (int i = 0; i < Tile::STAGES - 1; i++) issue(i);
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  const auto add_tile = [&](int64_t tile) {
     cp_async_wait<Tile::STAGES - 2>();
     __syncthreads();
     issue(tile + Tile::STAGES - 1);
@@ -244,20 +281,16 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) fused_kernel(Fuse
         multiply_step<Math, TURNED>(sums, stage, stage + SIDE_BYTES, step, row, column);
       }
     }
-    if (tile == updates - 1) {
-      const Mask mask(a.mask);
+  };
 #pragma unroll
-      for (int i = 0; i < 2 * ROW_TILES; i++) {
-        float values[8];
-        sums.take(i, t, values);
-        Keep keep = {};
-        if (mask.threshold) keep = mask.draw(uint32_t(m0 + row + g + 8 * i), uint32_t((n0 + column) / 8 + t));
-#pragma unroll
-        for (int k = 0; k < 8; k++) values[k] = keep(k) ? a.scale * values[k] : 0.0f;
-        sums.put(i, t, values);
-      }
-    }
+  for (int tile = 0; tile < Tile::STAGES - 1; tile++) issue(tile);
+  for (int64_t tile = 0; tile < updates; tile++) add_tile(tile);
+  if constexpr (TURNED) {
+    sums.drop(Mask(a.mask), a.scale, m0 + row + g, (n0 + column) / 8 + t, t);
+  } else {
+    sums.scale(a.scale);
   }
+  for (int64_t tile = updates; tile < tiles; tile++) add_tile(tile);
   cp_async_wait<0>();
 
 #pragma unroll
@@ -265,33 +298,40 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) fused_kernel(Fuse
     const int64_t m = m0 + row + g + 8 * i, n = n0 + column + 8 * t, valid = m < a.M ? a.N - n : 0;
     float values[8];
     sums.take(i, t, values);
-    write_eight(a.out + m * a.out_stride + n, a.bias ? a.bias + n : nullptr, false, valid, a.vector, values);
+    write_eight(a.out + m * a.out_stride + n, a.bias ? a.bias + n : nullptr, false, valid, ALIGNED || a.out_vector,
+                values);
   }
 }
 
 int64_t blocks(const ConstMatrix& out) { return parts_of(out.rows, Tile::SIDE) * parts_of(out.columns, Tile::SIDE); }
 
-/// Rows of the right operands are columns of the result, or depth where TURNED.
+/// Left and right operands of the update and of the base.
+struct Operands {
+  ConstMatrix left, right;
+};
+
 template <bool TURNED>
-Status launch_fused(const Launch& launch, DType dtype, bool tf32, const ConstMatrix (&left)[2],
-                    const ConstMatrix (&right)[2], const void* bias, float scale, DeviceMask mask, const Matrix& out) {
+Status launch_fused(const Launch& launch, DType dtype, bool tf32, const Operands& update, const Operands& base,
+                    const void* bias, float scale, DeviceMask mask, const Matrix& out) {
   return with_math(dtype, tf32, [&](auto math) {
     using Math = decltype(math);
     using T = typename Math::Element;
-    const ConstMatrix bias_row{bias, 1, out.columns, 0};
-    const Fused<T> a{{view<T>(left[0]), view<T>(left[1])},
-                     {view<T>(right[0]), view<T>(right[1])},
-                     static_cast<T*>(out.data),
-                     out.stride,
-                     out.rows,
-                     out.columns,
-                     static_cast<const T*>(bias),
-                     scale,
-                     mask,
-                     parts_of(out.columns, Tile::SIDE),
-                     aligned<T>(out) && aligned<T>(bias_row)};
+    Fused<T> a{};
+    a.update = {view<T>(update.left), view<T>(update.right)};
+    a.base = {view<T>(base.left), view<T>(base.right)};
+    a.out = static_cast<T*>(out.data);
+    a.out_stride = out.stride, a.M = out.rows, a.N = out.columns;
+    a.out_vector = aligned<T>(out) && aligned<T>({bias, 1, out.columns, 0});
+    a.bias = static_cast<const T*>(bias);
+    a.scale = scale;
+    a.mask = mask;
+    a.column_blocks = parts_of(out.columns, Tile::SIDE);
+    const bool all_aligned =
+        a.update.left.vector && a.update.right.vector && a.base.left.vector && a.base.right.vector && a.out_vector;
+    constexpr int SHARED = Tile::STAGES * STAGE_BYTES;
     const dim3 grid(blocks(out));
-    return LAUNCH((fused_kernel<Math, TURNED>), grid, Tile::THREADS, Tile::STAGES * STAGE_BYTES, launch, a);
+    if (all_aligned) return LAUNCH((fused_kernel<Math, TURNED, true>), grid, Tile::THREADS, SHARED, launch, a);
+    return LAUNCH((fused_kernel<Math, TURNED, false>), grid, Tile::THREADS, SHARED, launch, a);
   });
 }
 
@@ -302,10 +342,10 @@ Status lora_fused(const Launch& launch, DType dtype, ConstMatrix x, ConstMatrix 
   const int64_t M = x.rows, N = W.rows, K = x.columns, r = S.columns;
   Check check("lora_fused");
   check.matrix("x", x, M, K).matrix("W", W, N, K).matrix("S", S, M, r).matrix("B", B, N, r).matrix("y", y, M, N);
-  check.that(r > 0, "the rank is 0").blocks(blocks(y));
+  check.blocks(blocks(y));
   if (!check.status()) return check.status();
   if (M == 0 || N == 0) return {};
-  return launch_fused<false>(launch, dtype, tf32, {S, x}, {B, W}, bias, scaling, {}, y);
+  return launch_fused<false>(launch, dtype, tf32, {S, B}, {x, W}, bias, scaling, {}, y);
 }
 
 Status lora_fused_grad(const Launch& launch, DType dtype, ConstMatrix dY, ConstMatrix W, ConstMatrix dS, ConstMatrix A,
@@ -313,10 +353,10 @@ Status lora_fused_grad(const Launch& launch, DType dtype, ConstMatrix dY, ConstM
   const int64_t M = dY.rows, N = dY.columns, K = W.columns, r = dS.columns;
   Check check("lora_fused_grad");
   check.matrix("dY", dY, M, N).matrix("W", W, N, K).matrix("dS", dS, M, r).matrix("A", A, r, K).matrix("dX", dX, M, K);
-  check.that(r > 0, "the rank is 0").mask(mask, M).blocks(blocks(dX));
+  check.mask(mask, M).blocks(blocks(dX));
   if (!check.status()) return check.status();
   if (M == 0 || K == 0) return {};
-  return launch_fused<true>(launch, dtype, tf32, {dS, dY}, {A, W}, nullptr, mask_scale(mask), mask, dX);
+  return launch_fused<true>(launch, dtype, tf32, {dS, A}, {dY, W}, nullptr, mask_scale(mask), mask, dX);
 }
 
 }  // namespace llmbuilder::gpu

@@ -60,8 +60,8 @@ DEVICE void add_depth_warps(float (&sums)[TILES][RANK_TILES][4], int row_warp, i
   }
 }
 
-/// VECTOR: x and A are aligned.
-template <class Math, class Tile, bool VECTOR>
+/// ALIGNED: x and A are; else each says so for itself.
+template <class Math, class Tile, bool ALIGNED>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::template blocks<typename Math::Element>())
     shrink_kernel(Shrink<typename Math::Element> a) {
   using T = typename Math::Element;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::template blocks<typename 
   const int64_t row = int64_t(blockIdx.x) * Tile::ROWS + row_warp * Tile::ROW_TILES * MMA_ROWS + g;
   const int64_t rank = int64_t(blockIdx.z) * Tile::RANK;
   const int ranks = int(a.A.rows - rank < Tile::RANK ? a.A.rows - rank : Tile::RANK);
-  a.x.vector = VECTOR;
+  if (ALIGNED) a.x.vector = a.A.vector = true;
 
   const Mask mask(a.mask);
   const int64_t begin = blockIdx.y * a.slice, end = begin + a.slice < a.x.columns ? begin + a.slice : a.x.columns;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::template blocks<typename 
     for (int n = 0; n < RANK_TILES; n++, at += MMA_COLUMNS * a.A.stride) {
       if (n * MMA_COLUMNS < ranks) {
         const int64_t valid = n * MMA_COLUMNS + g < ranks ? a.A.columns - column - 8 * t : 0;
-        const Eight<T> w = operand<Math>(Eight<T>::load(at, valid, VECTOR));
+        const Eight<T> w = operand<Math>(Eight<T>::load(at, valid, a.A.vector));
 #pragma unroll
         for (int i = 0; i < Tile::ROW_TILES; i++) multiply<Math>(sums[i][n], x[2 * i], x[2 * i + 1], w);
       }
@@ -162,7 +162,7 @@ Status lora_shrink(const Launch& launch, DType dtype, ConstMatrix x, ConstMatrix
   Check check("lora_shrink");
   check.matrix("x", x, M, K).matrix("A", A, r, K).matrix("S", S, M, r).mask(mask, M);
   check.blocks(parts_of(M, ShrinkSmall::ROWS));
-  check.pointer("workspace", workspace, lora_shrink_workspace(dtype, M, K, r) > 0);
+  check.workspace(workspace, lora_shrink_workspace(dtype, M, K, r) > 0);
   if (!check.status()) return check.status();
   if (M == 0 || r == 0) return {};
 

@@ -178,7 +178,7 @@ def test_what_it_refuses(cuda):
             ({"x": (address, -1, 2048, 2048)}, "negative size"),
             ({"mask": (0, 0, 65536)}, "threshold is 65536, must be below 65536"),
             ({"mask": (0, 0, 100)}, "lora_shrink: the mask's seed is null"),
-            ({"workspace": 0}, "lora_shrink: workspace is null"),
+            ({"workspace": 0}, "lora_shrink: the workspace is null"),
         ]:
             with pytest.raises(ValueError, match=words):
                 call(**change)
