@@ -30,6 +30,10 @@ class Check {
     return pointer(name, m.data, rows > 0 && columns > 0);
   }
 
+  Check& count(const char* name, int64_t number) {
+    return that(number >= 0, std::string(name) + " is " + std::to_string(number) + ", below 0");
+  }
+
   Check& pointer(const char* name, const void* data, bool needed) {
     return that(data || !needed, std::string(name) + " is null");
   }

@@ -2,6 +2,7 @@
 // logit and the sum of exponentials, rescaled whenever a larger one turns up (Milakov, Gimelshein 2018, arXiv
 // 1805.02867), and a second, whose reads mostly hit the L2 cache, for the gradient.
 // Traffic: the logits read twice and written once; once read where no gradient is wanted.
+#include "cuda/check.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.h"
@@ -125,11 +126,12 @@ Status softmax_cross_entropy(const Launch& launch, DType dtype, Matrix logits, c
                              const float* row_weights, float softcap, bool need_grad, float* losses,
                              int64_t* predictions) {
   const int64_t rows = logits.rows, columns = logits.columns, stride = logits.stride;
-  if (rows == 0) return {};
-  if (columns < 1 || columns > INT32_MAX)
-    return Status::refused("softmax_cross_entropy: logits have 1 to 2^31 - 1 columns, not " + std::to_string(columns));
-  if (rows > MAX_GRID_X)
-    return Status::refused("softmax_cross_entropy: at most 2^31 - 1 rows, not " + std::to_string(rows));
+  Check check("softmax_cross_entropy");
+  check.that(rows <= 0 || (columns >= 1 && columns <= INT32_MAX),
+             "logits have 1 to 2^31 - 1 columns, not " + std::to_string(columns));
+  check.matrix("logits", logits, rows, columns).blocks(rows).pointer("targets", targets, rows > 0);
+  check.pointer("losses", losses, rows > 0).pointer("predictions", predictions, rows > 0);
+  if (!check.status() || rows == 0) return check.status();
   return with_type(dtype, [&](auto element) {
     using T = decltype(element);
     const bool vector = aligned(logits.data) && stride * sizeof(T) % 16 == 0;

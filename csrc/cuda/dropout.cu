@@ -1,5 +1,6 @@
 // Dropout: y = keep * x * scale. Every thread draws one Philox call a row and serves its eight columns, from one
 // 16-byte load (two for fp32) to one 16-byte store. Traffic: x read once, y written once.
+#include "cuda/check.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
 #include "cuda/mask.h"
@@ -61,11 +62,19 @@ __global__ void __launch_bounds__(THREADS)
   });
 }
 
+Check checked(const char* launcher, const void* matrix, int64_t rows, int64_t columns, const DeviceMask& mask) {
+  Check check(launcher);
+  check.count("rows", rows).count("columns", columns).mask(mask, rows);
+  check.that(columns <= int64_t(1) << 35, "a mask has at most 2^35 columns, got " + std::to_string(columns));
+  return check.pointer("the matrix", matrix, rows > 0 && columns > 0);
+}
+
 }  // namespace
 
 Status dropout(const Launch& launch, DType dtype, const void* x, void* y, int64_t rows, int64_t columns,
                DeviceMask mask) {
-  if (Status status = check_mask("dropout", rows, columns, mask); !status) return status;
+  Check check = checked("dropout", x, rows, columns, mask);
+  if (!check.pointer("y", y, rows > 0 && columns > 0).status()) return check.status();
   if (rows == 0 || columns == 0) return {};
   const Cut cut(rows, columns);
   return with_type(dtype, [&](auto element) {
@@ -77,7 +86,7 @@ Status dropout(const Launch& launch, DType dtype, const void* x, void* y, int64_
 }
 
 Status dropout_mask(const Launch& launch, uint8_t* keep, int64_t rows, int64_t columns, DeviceMask mask) {
-  if (Status status = check_mask("dropout_mask", rows, columns, mask); !status) return status;
+  if (const Check check = checked("dropout_mask", keep, rows, columns, mask); !check.status()) return check.status();
   if (rows == 0 || columns == 0) return {};
   const Cut cut(rows, columns);
   return LAUNCH(dropout_mask_kernel, cut.grid, cut.block, 0, launch, keep, rows, columns, mask);

@@ -3,6 +3,7 @@
 // The tensors are cut into chunks that never straddle two; a block takes one. Which tensor holds a chunk stands in a
 // table in the GPU's memory, which the host writes once for the same tensors. Traffic: theta, anchor, F and gradient
 // read once, the gradient written once; and 8 bytes of partial value a chunk.
+#include "cuda/check.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.h"
@@ -123,6 +124,12 @@ __global__ void __launch_bounds__(THREADS) accumulate_kernel(Table table, float 
   });
 }
 
+Check checked(const char* launcher, const void* table, int64_t count, int64_t chunks) {
+  Check check(launcher);
+  check.count("count", count).count("chunks", chunks).blocks(chunks);
+  return check.pointer("the table", table, chunks > 0);
+}
+
 }  // namespace
 
 int64_t ewc_table_bytes(int64_t count) {
@@ -141,7 +148,8 @@ int64_t ewc_penalty_workspace(int64_t chunks) { return chunks * int64_t(sizeof(d
 
 Status ewc_penalty(const Launch& launch, DType dtype, const void* table, int64_t count, int64_t chunks, bool weighted,
                    double strength, double* value, void* workspace) {
-  if (chunks > MAX_GRID_X) return Status::refused("ewc_penalty: more than 2^45 elements");
+  Check check = checked("ewc_penalty", table, count, chunks);
+  if (!check.pointer("value", value, true).workspace(workspace, chunks > 0).status()) return check.status();
   double* partials = static_cast<double*>(workspace);
   if (chunks > 0) {
     const Status status = with_type(dtype, [&](auto element) {
@@ -159,8 +167,8 @@ Status ewc_penalty(const Launch& launch, DType dtype, const void* table, int64_t
 
 Status ewc_accumulate(const Launch& launch, DType dtype, const void* table, int64_t count, int64_t chunks,
                       double weight) {
-  if (chunks > MAX_GRID_X) return Status::refused("ewc_accumulate: more than 2^45 elements");
-  if (chunks == 0) return {};
+  const Check check = checked("ewc_accumulate", table, count, chunks);
+  if (!check.status() || chunks == 0) return check.status();
   return with_type(dtype, [&](auto element) {
     using T = decltype(element);
     return LAUNCH(accumulate_kernel<T>, unsigned(chunks), THREADS, 0, launch, Table(table, count), float(weight));

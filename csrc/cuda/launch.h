@@ -10,7 +10,7 @@
 
 namespace llmbuilder::gpu {
 
-constexpr unsigned MAX_GRID_YZ = 65535, MAX_GRID_X = 0x7fffffff;
+constexpr int64_t MAX_GRID_YZ = 65535, MAX_GRID_X = 0x7fffffff;
 constexpr size_t SHARED_WITHOUT_OPT_IN = 48 << 10;
 
 inline Status failed(const char* kernel, const char* step, cudaError_t error) {
@@ -57,6 +57,14 @@ inline Status opt_in(const char* name, const void* kernel, int shared, const Lau
   return {};
 }
 
+/// The blocks of a grid, in 64 bits until it is known that they are not too many.
+struct Blocks {
+  int64_t x, y, z;
+
+  Blocks(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+  Blocks(dim3 grid) : x(grid.x), y(grid.y), z(grid.z) {}
+};
+
 template <class T>
 struct Same {
   using type = T;
@@ -67,7 +75,7 @@ struct Same {
 #define LAUNCH(kernel, ...) ::llmbuilder::gpu::launch_kernel(#kernel, kernel, __VA_ARGS__)
 
 template <class... Parameters>
-Status launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+Status launch_kernel(const char* name, void (*kernel)(Parameters...), Blocks grid, dim3 block, size_t shared,
                      const Launch& launch, typename Same<Parameters>::type... arguments) {
   if (grid.x > MAX_GRID_X || grid.y > MAX_GRID_YZ || grid.z > MAX_GRID_YZ)
     return Status::refused(std::string(name) + ": too large for one launch, " + std::to_string(grid.x) + " x " +
@@ -80,7 +88,8 @@ Status launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid,
   if (shared > SHARED_WITHOUT_OPT_IN)
     if (Status status = opt_in(name, (const void*)kernel, int(shared), launch); !status) return status;
   void* pointers[] = {&arguments...};
-  if (auto error = cudaLaunchKernel(kernel, grid, block, pointers, shared, cudaStream_t(launch.stream)))
+  if (auto error = cudaLaunchKernel(kernel, dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)), block, pointers,
+                                    shared, cudaStream_t(launch.stream)))
     return failed(name, "launch", error);
   return {};
 }

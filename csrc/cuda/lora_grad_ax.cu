@@ -176,7 +176,7 @@ Status one_run(const Launch& launch, GradAX<typename Math::Element> a, float* dA
                             2 * Staged<T, Tile::ROWS, Tile::RANK>::BYTES;
   const Plan<Tile> plan(a.x.rows, a.x.columns);
   a.slab = plan.slabs.length;
-  const dim3 grid(unsigned(plan.across), unsigned(plan.slabs.parts));
+  const Blocks grid(plan.across, plan.slabs.parts);
   if (Status status = LAUNCH((grad_ax_kernel<Math, Tile>), grid, Tile::THREADS, SHARED, launch, a); !status)
     return status;
   const PartialSums<float> sums{a.partials, plan.slabs.parts, a.A.rows, a.x.columns, a.scale, dA, a.x.columns};

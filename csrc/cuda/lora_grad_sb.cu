@@ -149,7 +149,7 @@ struct Grid {
     const int64_t blocks = blocks_of(across, Tile::ACROSS);
     return {blocks, Cut::into(depth, blocks_of(Tile::BLOCKS, blocks), 4 * Tile::RANK, Tile::DEPTH)};
   }
-  operator dim3() const { return dim3(unsigned(blocks), unsigned(slabs.parts)); }
+  operator Blocks() const { return {blocks, slabs.parts}; }
 };
 
 /// How many parts there are of dS and of dB.
@@ -222,7 +222,8 @@ Status lora_grad_sb(const Launch& launch, DType dtype, ConstMatrix dY, ConstMatr
       .matrix("B", B, N, r)
       .matrix("dS", dS, M, r)
       .pointer("dB", dB, N > 0)
-      .workspace(workspace, M + N > 0);
+      .workspace(workspace, M + N > 0)
+      .blocks(add_up_grid((M + N) * r).x);
   if (!check.status() || M + N == 0) return check.status();
   return with_math(dtype, tf32, [&](auto math) {
     using T = typename decltype(math)::Element;
@@ -233,7 +234,7 @@ Status lora_grad_sb(const Launch& launch, DType dtype, ConstMatrix dY, ConstMatr
       if (Status status = both<decltype(math)>(launch, a); !status) return status;
       const PartialSums<T> to_dS{dS_parts, parts.dS, M, ranks, scaling, static_cast<T*>(dS.data) + first, dS.stride};
       const PartialSums<float> to_dB{dB_parts, parts.dB, N, ranks, scaling, dB + first, r};
-      const dim3 grid = add_up_grid(to_dS.size() + to_dB.size());
+      const Blocks grid = add_up_grid(to_dS.size() + to_dB.size());
       return LAUNCH((add_up_both_kernel<T, float>), grid, ADD_UP_THREADS, 0, launch, to_dS, to_dB);
     });
   });

@@ -52,14 +52,4 @@ struct Mask {
 /// The factor of what stays, computed on the host and rounded once.
 inline float mask_scale(const DeviceMask& mask) { return float(65536.0 / (65536.0 - mask.threshold)); }
 
-/// What is wrong with a mask over so many rows and columns; counters have 32 bits.
-inline Status check_mask(const char* launcher, int64_t rows, int64_t columns, const DeviceMask& mask) {
-  const std::string name = launcher;
-  if (mask.threshold >= 65536) return Status::refused(name + ": a threshold is below 65536");
-  if (mask.threshold && !mask.seed) return Status::refused(name + ": a mask needs a seed");
-  if (rows > int64_t(1) << 32 || columns > int64_t(1) << 35)
-    return Status::refused(name + ": at most 2^32 rows of 2^35 columns have a mask");
-  return {};
-}
-
 }  // namespace llmbuilder::gpu

@@ -1,7 +1,6 @@
 // Sums that several blocks share: each leaves its part in the workspace, and a second launch adds the parts in order.
 // No atomics, so equal inputs give equal bits; no block waits for another, so nothing depends on how memory is ordered.
 #pragma once
-#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/tiles.h"
 
@@ -73,6 +72,6 @@ __global__ void __launch_bounds__(ADD_UP_THREADS) add_up_both_kernel(PartialSums
   }
 }
 
-inline dim3 add_up_grid(int64_t size) { return dim3(unsigned((size + ADD_UP_THREADS - 1) / ADD_UP_THREADS)); }
+inline Blocks add_up_grid(int64_t size) { return (size + ADD_UP_THREADS - 1) / ADD_UP_THREADS; }
 
 }  // namespace llmbuilder::gpu

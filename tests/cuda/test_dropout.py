@@ -96,10 +96,10 @@ def test_more_rows_than_the_grid_has_blocks(cuda):
 @pytest.mark.parametrize(
     "rows, columns, mask, words",
     [
-        (2, 8, (0, 0, 7), "dropout: a mask needs a seed"),
-        (2, 8, (1, 0, 65536), "dropout: a threshold is below 65536"),
-        (2**32 + 1, 8, (0, 0, 0), r"dropout: at most 2\^32 rows of 2\^35 columns have a mask"),
-        (1, 2**35 + 1, (0, 0, 0), r"dropout: at most 2\^32 rows of 2\^35 columns have a mask"),
+        (2, 8, (0, 0, 7), "dropout: the mask's seed is null"),
+        (2, 8, (1, 0, 65536), "dropout: the mask's threshold is 65536, must be below 65536"),
+        (2**32 + 1, 8, (1, 0, 7), r"dropout: a mask has at most 2\^32 rows, got 4294967297"),
+        (1, 2**35 + 1, (1, 0, 7), r"dropout: a mask has at most 2\^35 columns, got 34359738369"),
     ],
 )
 def test_the_launcher_refuses_what_has_no_mask(cuda, rows, columns, mask, words):

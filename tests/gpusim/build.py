@@ -66,20 +66,26 @@ def build(
     and ``defines`` are further macros, as "NAME" or "NAME=VALUE".
     """
     sources = [csrc / "bindings.cpp", *sorted((csrc / "cuda").glob("*.cu"))] if sources is None else sources
-    flags = [*COMMON, *(f"-D{define}" for define in defines)]
-    include = [HERE, csrc, csrc / "include"]
     objects = []
     for source in sources:  # the sanitizers watch kernels
         how = VARIANTS[variant if source.suffix == ".cu" else "plain"]
-        objects.append(_compile(source, [*flags, *how, *WARNINGS], include, cache))
-    objects += [_compile(source, [*COMMON, "-O2", *WARNINGS], include, cache) for source in RUNTIME]
+        objects.append(_compile(source, [*how, *(f"-D{define}" for define in defines)], csrc, cache))
+    objects += [_compile(source, ["-O2"], csrc, cache) for source in RUNTIME]
     return _link(objects, VARIANTS[variant], cache)
 
 
-def _compile(source: Path, flags: list[str], include: list[Path], cache: Path) -> Path:
-    texts = [text for _, text in sorted(_with_includes(source, tuple(include)).items())]
+def link(sources: Iterable[Path], objects: Iterable[Path], cache: Path) -> Path:
+    """The shared library of C++ sources, compiled as ``build`` does it, and of objects that are named by content."""
+    compiled = [_compile(source, ["-O1"], ROOT / "csrc", cache) for source in sources]
+    return _link([*compiled, *objects], [], cache)
+
+
+def _compile(source: Path, flags: list[str], csrc: Path, cache: Path) -> Path:
+    include = [HERE, csrc, csrc / "include"]
+    texts = [text for _, text in sorted(_with_includes(source, include).items())]
     if source.name == "bindings.cpp":
-        include = [*include, *_python_headers()]
+        include += _python_headers()
+    flags = [*COMMON, *WARNINGS, *flags]
     target = cache / f"{source.stem}-{_digest(*_compiler_version(), *flags, *texts)}.o"
     search = [argument for path in include for argument in ("-I", str(path))]
     return _make(target, [compiler(), *flags, *search, "-c", "-x", "c++", str(source)])
@@ -122,7 +128,7 @@ def _make(target: Path, command: list[str]) -> Path:
     return target
 
 
-def _with_includes(source: Path, search: tuple[Path, ...]) -> dict[str, str]:
+def _with_includes(source: Path, search: list[Path]) -> dict[str, str]:
     """The source and what it includes with quotes, by name."""
     texts: dict[str, str] = {}
     waiting = [(source.name, source)]

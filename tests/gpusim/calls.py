@@ -52,12 +52,8 @@ class Memory:
         return address
 
     def table(self, size: int) -> int:
-        """Memory of the host."""
+        """Memory for the host to fill and kernels to read."""
         return self._kept(self._tables, bytes(size))
-
-    def on_device(self, table: int) -> int:
-        """Where kernels find a copy of the table."""
-        return table
 
     def contents(self) -> list[bytes]:
         """What is in all blocks now."""
@@ -72,15 +68,15 @@ def _bits(dtype: str, value: float) -> bytes:
 
 @dataclass
 class Call:
-    """A launcher with all its arguments but where to run."""
+    """A launcher with all its arguments, by name and in order, but where to run."""
 
     name: str
     launcher: Callable[..., None]
-    arguments: tuple[Any, ...]
-    launches: int | None = None  # exactly, where that is known
+    arguments: dict[str, Any]
 
-    def launch(self, device: int, stream: int) -> None:
-        self.launcher(*self.arguments, device, stream)
+    def launch(self, device: int, stream: int, **changes: Any) -> None:
+        """With these arguments changed."""
+        self.launcher(*(self.arguments | changes).values(), device, stream)
 
 
 @dataclass(frozen=True)
@@ -110,6 +106,8 @@ LORA_CASES = [
     Case("f32", 34, 40, 36, 16, tf32=True),
     Case("f32", 18, 33, 35, 9, slice=True, tf32=True),
     Case("bf16", 1, 8, 8, 256),
+    Case("bf16", 300, 264, 264, 5, threshold=32768),  # several blocks of every kernel
+    Case("f16", 9, 12, 2100, 8),
 ]
 
 
@@ -136,7 +134,7 @@ def _workspace(memory: Memory, size: int) -> int:
 
 
 def _lora_calls(module: ModuleType, memory: Memory, case: Case) -> Iterator[Call]:
-    M, N, K, r = case.M, case.N, case.K, case.r
+    M, N, K, r, tf32 = case.M, case.N, case.K, case.r, case.tf32
     dtype = getattr(module.DType, case.dtype)
     x, W, A, B = (_matrix(memory, case, *shape) for shape in ((M, K), (N, K), (r, K), (N, r)))
     S, dS, dY = (_matrix(memory, case, *shape) for shape in ((M, r), (M, r), (M, N)))
@@ -146,60 +144,60 @@ def _lora_calls(module: ModuleType, memory: Memory, case: Case) -> Iterator[Call
     def output(*shape: int) -> Matrix:
         return _matrix(memory, case, *shape, output=True)
 
-    def gradient(count: int) -> int:
-        return memory.block(4 * count)
+    def call(launcher: str, **arguments: Any) -> Call:
+        return Call(f"{launcher}-{case}", getattr(module, launcher), {"dtype": dtype, **arguments})
 
     space = _workspace(memory, module.lora_shrink_workspace(dtype, M, K, r))
-    arguments = dtype, x, A, output(M, r), mask, case.tf32, space
-    yield Call(f"lora_shrink-{case}", module.lora_shrink, arguments)
+    yield call("lora_shrink", x=x, A=A, S=output(M, r), mask=mask, tf32=tf32, workspace=space)
 
-    arguments = dtype, S, B, bias, 0.5, False, output(M, N), case.tf32
-    yield Call(f"lora_expand-{case}", module.lora_expand, arguments)
-    yield Call(f"lora_expand-add-{case}", module.lora_expand, (dtype, S, B, 0, 0.5, True, dY, case.tf32))
+    for add, into, bias_or_none in ((False, output(M, N), bias), (True, dY, 0)):
+        yield call("lora_expand", S=S, B=B, bias=bias_or_none, scaling=0.5, accumulate=add, y=into, tf32=tf32)
 
     space = _workspace(memory, module.lora_grad_sb_workspace(dtype, M, N, r))
-    arguments = dtype, dY, S, B, 0.5, output(M, r), gradient(N * r), case.tf32, space
-    yield Call(f"lora_grad_sb-{case}", module.lora_grad_sb, arguments)
+    results = {"dS": output(M, r), "dB": memory.block(4 * N * r)}
+    yield call("lora_grad_sb", dY=dY, S=S, B=B, scaling=0.5, **results, tf32=tf32, workspace=space)
 
     space = _workspace(memory, module.lora_grad_ax_workspace(dtype, M, K, r))
-    for name, dX in (("", output(M, K)), ("no_dX-", (0, M, K, K))):
-        arguments = dtype, x, dS, A, mask, gradient(r * K), dX, case.tf32, space
-        yield Call(f"lora_grad_ax-{name}{case}", module.lora_grad_ax, arguments)
+    for dX in (output(M, K), (0, M, K, K)):
+        results = {"dA": memory.block(4 * r * K), "dX": dX}
+        yield call("lora_grad_ax", x=x, dS=dS, A=A, mask=mask, **results, tf32=tf32, workspace=space)
 
-    arguments = dtype, x, W, bias, S, B, 0.5, output(M, N), case.tf32
-    yield Call(f"lora_fused-{case}", module.lora_fused, arguments)
-    arguments = dtype, dY, W, dS, A, mask, output(M, K), case.tf32
-    yield Call(f"lora_fused_grad-{case}", module.lora_fused_grad, arguments)
+    yield call("lora_fused", x=x, W=W, bias=bias, S=S, B=B, scaling=0.5, y=output(M, N), tf32=tf32)
+    yield call("lora_fused_grad", dY=dY, W=W, dS=dS, A=A, mask=mask, dX=output(M, K), tf32=tf32)
 
 
 def _dropout_calls(module: ModuleType, memory: Memory, name: str) -> Iterator[Call]:
-    dtype, seed = getattr(module.DType, name), memory.integers([-2])
+    dtype, mask = getattr(module.DType, name), (memory.integers([-2]), 1, 6554)
     for rows, columns in ((5, 64), (67, 13)):
         x, y = memory.floats(name, rows * columns), memory.block(SIZES[name] * rows * columns)
-        arguments = dtype, x, y, rows, columns, (seed, 1, 6554)
+        arguments = {"dtype": dtype, "x": x, "y": y, "rows": rows, "columns": columns, "mask": mask}
         yield Call(f"dropout-{name}-{rows}x{columns}", module.dropout, arguments)
-    keep = memory.block(5 * 19)
-    yield Call(f"dropout_mask-{name}", module.dropout_mask, (keep, 5, 19, (seed, 1, 6554)))
+    arguments = {"keep": memory.block(5 * 19), "rows": 5, "columns": 19, "mask": mask}
+    yield Call(f"dropout_mask-{name}", module.dropout_mask, arguments)
 
 
 def _ewc_calls(module: ModuleType, memory: Memory, name: str) -> Iterator[Call]:
-    dtype, sizes = getattr(module.DType, name), [3, 100, 1, 20000, 64]
+    sizes = [3, 100, 1, 20000, 64]
     params, anchors, fishers, grads = ([memory.floats(name, size) for size in sizes] for _ in range(4))
     for weighted in (True, False):
         groups = params, anchors, fishers if weighted else [], grads
-        table, chunks = _ewc_table(module, memory, groups, sizes)
-        value = memory.block(8)
-        space = _workspace(memory, module.ewc_penalty_workspace(chunks))
-        arguments = dtype, table, len(sizes), chunks, weighted, 2.0, value, space
-        yield Call(f"ewc_penalty-{name}-{weighted}", module.ewc_penalty, arguments, launches=2)
-    table, chunks = _ewc_table(module, memory, ([], [], fishers, grads), sizes)
-    yield Call(f"ewc_accumulate-{name}", module.ewc_accumulate, (dtype, table, len(sizes), chunks, 0.5))
+        yield ewc_penalty(module, memory, name, groups, sizes)
+    arguments = {"dtype": getattr(module.DType, name), **_ewc_table(module, memory, ([], [], fishers, grads), sizes)}
+    yield Call(f"ewc_accumulate-{name}", module.ewc_accumulate, {**arguments, "weight": 0.5})
 
 
-def _ewc_table(module: ModuleType, memory: Memory, groups: Any, sizes: list[int]) -> tuple[int, int]:
-    host = memory.table(module.ewc_table_bytes(len(sizes)))
-    chunks = module.ewc_table(host, *groups, sizes)
-    return memory.on_device(host), chunks
+def ewc_penalty(module: ModuleType, memory: Memory, name: str, groups: Any, sizes: list[int]) -> Call:
+    """Of params, anchors, Fisher values or none, and gradients, as addresses."""
+    table, weighted = _ewc_table(module, memory, groups, sizes), bool(groups[2])
+    arguments = {"dtype": getattr(module.DType, name), **table, "weighted": weighted, "strength": 2.0}
+    arguments["value"] = memory.block(8)
+    arguments["workspace"] = _workspace(memory, module.ewc_penalty_workspace(table["chunks"]))
+    return Call(f"ewc_penalty-{name}-{weighted}", module.ewc_penalty, arguments)
+
+
+def _ewc_table(module: ModuleType, memory: Memory, groups: Any, sizes: list[int]) -> dict[str, int]:
+    table = memory.table(module.ewc_table_bytes(len(sizes)))
+    return {"table": table, "count": len(sizes), "chunks": module.ewc_table(table, *groups, sizes)}
 
 
 def _cross_entropy_calls(module: ModuleType, memory: Memory, name: str) -> Iterator[Call]:
@@ -209,6 +207,7 @@ def _cross_entropy_calls(module: ModuleType, memory: Memory, name: str) -> Itera
         logits, targets = _matrix(memory, case, 3, columns), memory.integers([0, columns - 1, 5])
         weights = memory.floats("f32", 3) if weighted else 0
         for need_grad in (False, True):
-            outputs = memory.block(4 * 3), memory.block(8 * 3)
-            arguments = dtype, logits, targets, weights, softcap, need_grad, *outputs
-            yield Call(f"softmax_cross_entropy-{name}-{columns}-{need_grad}", module.softmax_cross_entropy, arguments)
+            arguments = {"dtype": dtype, "logits": logits, "targets": targets, "row_weights": weights}
+            arguments |= {"softcap": softcap, "need_grad": need_grad}
+            arguments |= {"losses": memory.block(4 * 3), "predictions": memory.block(8 * 3)}
+            yield Call(f"softmax_cross_entropy-{name}-{columns}", module.softmax_cross_entropy, arguments)
