@@ -6,7 +6,7 @@
 # PTX for compute capability 8.0 is always there, so that every later GPU has something to run.
 #
 # Sets CUDA_KERNELS to whether they are built, and CUDA_WHY_NOT to the reason why not, which `llmbuilder doctor` tells.
-set(LLMBUILDER_CUDA OFF CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
+set(LLMBUILDER_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 set(LLMBUILDER_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities to build for, as 80;90; empty: see cmake/cuda.cmake")
 set_property(CACHE LLMBUILDER_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(WRITTEN_FOR 80 86 89 90 100 120)
@@ -32,7 +32,7 @@ function(compiles_for ARCHITECTURE RESULT WORDS)
     COMMAND ${NVCC} -std=c++17 -ccbin ${CMAKE_CXX_COMPILER} -I${CMAKE_CURRENT_SOURCE_DIR}/csrc
             -I${CMAKE_CURRENT_SOURCE_DIR}/csrc/include -arch=sm_${ARCHITECTURE} -c ${PROBE} -o ${PROBE}.o
     RESULT_VARIABLE FAILED OUTPUT_VARIABLE OUT ERROR_VARIABLE ERR)
-  string(REGEX REPLACE "[\r\n\t ]+" " " OUT "${OUT}${ERR}")
+  string(REGEX REPLACE "[^A-Za-z0-9 .,:!()=+/_-]+" " " OUT "${OUT}${ERR}")  # what a string in C++ can hold as it is
   string(SUBSTRING "${OUT}" 0 300 OUT)
   if(FAILED)
     set(${RESULT} FALSE PARENT_SCOPE)
