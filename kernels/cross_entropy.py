@@ -40,13 +40,13 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * step
     target = tl.load(targets + row)
-    target_z, _ = capped(tl.load(logits + target), softcap, SOFTCAP)
+    target_z, target_slope = capped(tl.load(logits + target), softcap, SOFTCAP)
     lanes = tl.arange(0, BLOCK)
     largest, others = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
     best = tl.full((), 0, tl.int64)
     for first in range(0, V, BLOCK):
         columns = first + lanes
-        z, _ = capped(tl.load(logits + columns, columns < V, other=-float("inf")), softcap, SOFTCAP)
+        z, slope = capped(tl.load(logits + columns, columns < V, other=-float("inf")), softcap, SOFTCAP)
         top, place = tl.max(tl.where(z == z, z, -float("inf")), 0, return_indices=True)
         best = tl.where(top > largest, first + place, best)
         before, largest = largest, tl.maximum(largest, top)

@@ -22,8 +22,8 @@ PART_ROWS, COLUMNS = 512, 256
 @tuned(
     [
         Config({"ROWS": 32}, num_warps=4, num_stages=3),
-        Config({"ROWS": 32}, num_warps=8, num_stages=3),
-        Config({"ROWS": 64}, num_warps=8, num_stages=2),
+        Config({"ROWS": 64}, num_warps=4, num_stages=2),
+        Config({"ROWS": 32}, num_warps=8, num_stages=2),
     ],
     key=["N", "r", "rows_class"],
     fits=lambda tile: per_thread(tile, tile["RANK"] * COLUMNS) <= 64,

@@ -24,47 +24,60 @@ class RaceError(RuntimeError):
     """Two programs, or two lanes of one store, touched the same address, one of them writing."""
 
 
+NOBODY, SEVERAL = -1, -2  # in the place of a program's number
+
+
 class Launch:
-    """The one that runs: the memory it may touch, and who touched what so far."""
+    """The one that runs: the memory it may touch, and which program read and wrote each byte's element so far."""
 
     def __init__(self, tensors):
-        self.ranges = [(name, t.data_ptr(), t.data_ptr() + _extent(t)) for name, t in tensors if t.numel()]
-        self.readers, self.writers = {}, {}
+        self.tensors = [(name, t.data_ptr(), t.data_ptr() + _extent(t)) for name, t in tensors if t.numel()]
+        spans = _united([span for _, *span in self.tensors])
+        self.firsts = np.array([first for first, _ in spans], np.int64)
+        self.ends = np.array([end for _, end in spans], np.int64)
+        self.offsets = np.concatenate([[0], (self.ends - self.firsts).cumsum()]).astype(np.int64)
+        self.readers = np.full(self.offsets[-1], NOBODY, np.int32)
+        self.writers = self.readers.copy()
 
     def load(self, addresses, size, program):
-        self._check(addresses, size, program, "load")
-        for address in addresses:
-            self._refuse_other(self.writers.get(address, program), program, address)
-            # A second reader stands for all: whoever writes later is another than one of the two.
-            first = self.readers.setdefault(address, program)
-            if first != program:
-                self.readers[address] = "several programs"
+        at = self._places(addresses, size, program, "load")
+        self._refuse_others(self.writers[at], program, addresses)
+        before = self.readers[at]
+        self.readers[at] = np.where((before == NOBODY) | (before == program), program, SEVERAL)
 
     def store(self, addresses, size, program):
-        self._check(addresses, size, program, "store")
-        if len(set(addresses)) < len(addresses):
+        at = self._places(addresses, size, program, "store")
+        if len(np.unique(at)) < len(at):
             raise RaceError(f"two lanes of one store in program {program} write the same address")
-        for address in addresses:
-            self._refuse_other(self.writers.get(address, program), program, address)
-            self._refuse_other(self.readers.get(address, program), program, address)
-            self.writers[address] = program
+        self._refuse_others(self.writers[at], program, addresses)
+        self._refuse_others(self.readers[at], program, addresses)
+        self.writers[at] = program
 
-    def _check(self, addresses, size, program, what):
-        at = np.asarray(addresses, np.int64)
-        inside = np.zeros(at.shape, bool)
-        for _, first, end in self.ranges:
-            inside |= (at >= first) & (at + size <= end)
+    def _places(self, addresses, size, program, what):
+        """Where these addresses stand in the log."""
+        if not len(addresses):
+            return addresses
+        span = np.searchsorted(self.firsts, addresses, "right") - 1
+        inside = (
+            (span >= 0) & (addresses + size <= self.ends[span]) if len(self.ends) else np.zeros(len(addresses), bool)
+        )
         if not inside.all():
-            bad = int(at[~inside][0])
-            name, first, end = min(self.ranges, key=lambda r: min(abs(bad - r[1]), abs(bad - r[2])))
-            raise OutOfBoundsError(
-                f"{what} in program {program}: {np.count_nonzero(~inside)} elements out of bounds, "
-                f"the first at byte {bad - first} of {name}, which has {end - first}"
-            )
+            self._refuse_outside(addresses[~inside], program, what)
+        return self.offsets[span] + addresses - self.firsts[span]
+
+    def _refuse_outside(self, addresses, program, what):
+        bad = int(addresses[0])
+        near = min(self.tensors, key=lambda tensor: min(abs(bad - tensor[1]), abs(bad - tensor[2])), default=None)
+        where = f"at byte {bad - near[1]} of {near[0]}, which has {near[2] - near[1]}" if near else f"at {bad:#x}"
+        raise OutOfBoundsError(
+            f"{what} in program {program}: {len(addresses)} elements out of bounds, the first {where}"
+        )
 
     @staticmethod
-    def _refuse_other(other, program, address):
-        if other != program:
+    def _refuse_others(programs, program, addresses):
+        wrong = (programs != NOBODY) & (programs != program)
+        if wrong.any():
+            other, address = programs[wrong][0], int(addresses[wrong][0])
             raise RaceError(f"programs {other} and {program} both touch address {address:#x}, and one writes")
 
 
@@ -133,7 +146,7 @@ def _rounding_cast(cast):
 
 def _watched_load(load):
     def create_masked_load(self, pointers, mask, *rest):
-        State.launch.load(*_touched(pointers, mask), self.grid_idx)
+        State.launch.load(*_touched(pointers, mask), _number(self))
         return load(self, pointers, mask, *rest)
 
     return create_masked_load
@@ -141,10 +154,16 @@ def _watched_load(load):
 
 def _watched_store(store):
     def create_masked_store(self, pointers, value, mask, *rest):
-        State.launch.store(*_touched(pointers, mask), self.grid_idx)
+        State.launch.store(*_touched(pointers, mask), _number(self))
         return store(self, pointers, value, mask, *rest)
 
     return create_masked_store
+
+
+def _number(builder):
+    """Of the program that runs."""
+    (x, y, z), (width, height, _) = builder.grid_idx, builder.grid_dim
+    return x + width * (y + height * z)
 
 
 def _touched(pointers, mask):
@@ -152,7 +171,7 @@ def _touched(pointers, mask):
     addresses = np.asarray(pointers.data).astype(np.int64).ravel()
     if mask is not None:
         addresses = addresses[np.broadcast_to(mask.data, pointers.data.shape).ravel().astype(bool)]
-    return addresses.tolist(), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    return addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
 
 def _registering(init):
@@ -165,6 +184,17 @@ def _registering(init):
         return args, kwargs
 
     return init_args
+
+
+def _united(spans):
+    """Spans that overlap as one, in order: two arguments may share memory."""
+    result = []
+    for first, end in sorted(spans):
+        if result and first < result[-1][1]:
+            result[-1][1] = max(end, result[-1][1])
+        else:
+            result.append([first, end])
+    return result
 
 
 def _extent(tensor):
