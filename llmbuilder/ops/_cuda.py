@@ -209,7 +209,7 @@ def _table(first: Tensor, *groups: Sequence[Tensor]) -> _Table:
     sizes = tuple(tensor.numel() for tensor in groups[-1])
     addresses = tuple(tuple(tensor.data_ptr() for tensor in group) for group in groups)
     key = (first.device, _at(first), sizes, addresses)
-    capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = _capturing(first)
     if key not in _tables:
         if capturing:
             raise LLMBuilderError(
@@ -223,6 +223,10 @@ def _table(first: Tensor, *groups: Sequence[Tensor]) -> _Table:
     if capturing:
         _captured.append(_tables[key])
     return _tables[key]
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _written_table(device: torch.device, sizes: tuple[int, ...], addresses: tuple[tuple[int, ...], ...]) -> _Table:

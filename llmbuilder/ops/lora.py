@@ -349,4 +349,4 @@ def _beside(adapter: Tensor, x: Tensor) -> Tensor:
 
 
 def _seed(seed: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_zeros((), dtype=torch.int64) if seed is None else seed
+    return x.new_empty((), dtype=torch.int64) if seed is None else seed  # which nobody reads without dropout
