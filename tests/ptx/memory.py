@@ -4,6 +4,7 @@ Addresses are absolute: a global buffer is host memory at its own address, share
 Values travel as bytes, [lanes, size].
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,7 +43,14 @@ class Buffer:
         self.end = self.start + self.bytes.size
         self.writer = np.full(self.bytes.size, NOBODY, np.int32)
         self.reader = np.full(self.bytes.size, NOBODY, np.int32)
-        self.requested = {"read": 0, "write": 0}
+        self._requested: Counter[tuple[str, int]] = Counter()  # bytes by kind and by the size of a lane's access
+
+    def request(self, kind: str, size: int, lanes: int) -> None:
+        self._requested[kind, size] += size * lanes
+
+    def requested(self, kind: str, size: int = 0) -> int:
+        """Bytes that lanes asked for to "read" or "write"; in accesses of that size, if given."""
+        return sum(count for (of, each), count in self._requested.items() if of == kind and size in (0, each))
 
     def unique(self, kind: str) -> int:
         """Bytes that were read, or written, at least once."""
@@ -62,7 +70,7 @@ class GlobalMemory:
             self._check_race(buffer, at, block, buffer.writer)
             readers = buffer.reader[at]
             buffer.reader[at] = np.where((readers == NOBODY) | (readers == block), block, SEVERAL)
-            buffer.requested["read"] += at.size
+            buffer.request("read", size, lanes.size)
             values[lanes] = buffer.bytes[at]
         return values
 
@@ -71,7 +79,7 @@ class GlobalMemory:
             self._check_race(buffer, at, block, buffer.writer)
             self._check_race(buffer, at, block, buffer.reader)
             buffer.writer[at] = block
-            buffer.requested["write"] += at.size
+            buffer.request("write", values.shape[1], lanes.size)
             buffer.bytes[at] = values[lanes]
 
     def count(self, index: int, text: str, addresses: np.ndarray, size: int) -> None:

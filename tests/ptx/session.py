@@ -41,9 +41,9 @@ class Run:
         """Bytes of a tensor that a launch read, or wrote, at least once; summed over launches."""
         return sum(buffer.unique(kind) for buffer in self._buffers(tensor))
 
-    def requested(self, tensor: Tensor, kind: str) -> int:
-        """Bytes that the lanes asked for."""
-        return sum(buffer.requested[kind] for buffer in self._buffers(tensor))
+    def requested(self, tensor: Tensor, kind: str, size: int = 0) -> int:
+        """Bytes that lanes asked for; in accesses of that size, if given."""
+        return sum(buffer.requested(kind, size) for buffer in self._buffers(tensor))
 
     def executed(self, *parts: str) -> int:
         """Executions by a warp of opcodes that have all these parts."""

@@ -22,7 +22,7 @@ def global_access(size, stride, offset=0):
     memory = memory[start : start + 8064]
     counts = launch(parse(text), (1, 1, 1), (32, 1, 1), [np.uint64(memory.ctypes.data)], {"in": memory})
     (access,) = counts.globals
-    assert access.requested == counts.memory.buffers["in"].requested["read"] == 32 * size
+    assert access.requested == counts.memory.buffers["in"].requested("read", size) == 32 * size
     assert counts.memory.buffers["in"].unique("read") == min(stride or size, size) * (32 if stride else 1)
     return access.transactions, access.fewest
 

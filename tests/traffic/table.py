@@ -26,16 +26,14 @@ def table(emulator: Emulator) -> str:
         os.environ.pop("LLMBUILDER_BACKEND")
         if before:
             os.environ["LLMBUILDER_BACKEND"] = before
-    lines = [
-        "| forward and backward of one layer | kernels | library's products | total | exposed |",
-        "|---|---|---|---|---|",
-    ]
+    heads = ("forward and backward of one layer", "our kernels", "torch's operators", "total", "exposed")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
     frozen = layer.frozen().total
     for name, moved in rows:
-        units = {kernel: units for kernel, units in moved.kernels.items() if units}
-        kernels = ", ".join(f"{kernel.removesuffix('_kernel')} {count:g}" for kernel, count in units.items())
+        counts = {kernel.removesuffix("_kernel"): units for kernel, units in moved.kernels.items() if units}
+        ours = ", ".join(f"{kernel} {units:g}" for kernel, units in counts.items())
         exposed = moved.exposed if moved.kernels and moved.products else moved.total - frozen
-        lines.append(f"| {name} | {kernels or '—'} | {moved.products:g}U | {moved.total:g}U | {exposed:g}U |")
+        lines.append(f"| {name} | {ours or '—'} | {moved.products:g}U | {moved.total:g}U | {exposed:g}U |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,88 @@
+"""What the kernels' code must reach, worked out from their arithmetic and not from what a compiler happened to make.
+
+**Products.** mma.m16n8k16 does 16 · 8 · 16 multiplications, so an operator of whole tiles executes its products divided
+by that, and one that pads executes the padded product. In the machine code each mma.sync is one HMMA.
+
+**Mask.** Seven rounds of Philox take two 32x32 bit multiplications with a high word each, and a call decides eight
+elements: 14 / 8 = 1.75 such multiplications an element, up to 1.3 times that.
+
+**Vectors.** Every byte of x, y, dY and dX travels once a pass in accesses of 16 bytes, which fill whole sectors.
+
+**In flight.** A kernel that memory bounds must keep as many bytes under way as memory delivers while one request is
+answered (Little's law): bandwidth · latency / multiprocessors. With 500 ns and the fastest memory sold with each
+architecture that is between 3 and 27 KiB a multiprocessor. Blocks that fit on one times the bytes that a block requests
+before it needs the first of them must reach it.
+
+**Spills.** None, and no local memory: every sum fits in registers by choice of tile.
+"""
+
+import re
+from collections.abc import Callable
+from math import ceil
+
+from codegen import occupancy
+
+PHILOX = 14 / 8
+
+# Multiplications of an operator on [M, N], [M, K] and rank r.
+PRODUCTS: dict[str, Callable[[int, int, int, int], int]] = {
+    "lora_shrink": lambda M, N, K, r: M * K * r,
+    "lora_expand": lambda M, N, K, r: M * N * r,
+    "lora_grad_sb": lambda M, N, K, r: 2 * M * N * r,
+    "lora_grad_ax": lambda M, N, K, r: 2 * M * K * r,
+    "lora_fused": lambda M, N, K, r: M * N * (K + r),
+    "lora_fused_grad": lambda M, N, K, r: M * K * (N + r),
+}
+MASKED = ("lora_shrink", "lora_grad_ax", "lora_fused_grad")
+READ = {
+    "lora_shrink": ("x",),
+    "lora_expand": (),
+    "lora_grad_sb": ("dY",),
+    "lora_grad_ax": ("x",),
+    "lora_fused": ("x",),
+    "lora_fused_grad": ("dY",),
+}
+TWO_PASSES_ABOVE = 32  # ranks, of lora_grad_sb
+
+
+def passes(operator: str, name: str, r: int) -> int:
+    """How often an operator reads a matrix, where a block of columns or of 256 ranks covers all there are."""
+    return 2 if operator == "lora_grad_sb" and r > TWO_PASSES_ABOVE else 1
+
+
+LATENCY = 500e-9
+# GB/s and multiprocessors: A100 80 GB, RTX A6000, L40S, H100 SXM, B200, RTX 5090
+FASTEST = {80: (2039, 108), 86: (768, 84), 89: (864, 142), 90: (3350, 132), 100: (8000, 148), 120: (1792, 170)}
+
+
+def needed_in_flight(architecture: int) -> int:
+    """Bytes a multiprocessor."""
+    bandwidth, multiprocessors = FASTEST[architecture]
+    return ceil(bandwidth * 1e9 * LATENCY / multiprocessors)
+
+
+def in_flight(kernel: str, threads: int) -> int | None:
+    """Bytes that a block asks of the big matrices before it waits for the first; None: memory does not bound it."""
+    name, arguments = kernel.partition("<")[::2]
+    size = 4 if re.search(r"\bfloat\b|FP32|TF32", arguments) else 2
+    numbers = [int(n) for n in re.findall(r"\b\d+\b", arguments)]
+    if name == "dropout_kernel":
+        return threads * 8 * size  # eight elements a thread
+    if name == "penalty_kernel":
+        return threads * 3 * 16  # a vector each of theta, anchor and gradient, where there are no Fisher values
+    if name == "accumulate_kernel":
+        return threads * 2 * 16
+    if name == "shrink_kernel":
+        row_tiles = numbers[1]
+        return threads * 2 * row_tiles * 8 * size  # a lane's Eights of the next step
+    if name in ("grad_sb_kernel", "grad_side_kernel", "grad_ax_kernel"):
+        return 4096  # the next tile of x or dY, 4 to 8 KiB
+    return None
+
+
+def blocks_needed(kernel: str, threads: int, architecture: int) -> int:
+    """Blocks of a multiprocessor that keep its memory busy, as far as its threads reach; 1 where memory is no bound."""
+    of_block = in_flight(kernel, threads)
+    if of_block is None:
+        return 1
+    return min(ceil(needed_in_flight(architecture) / of_block), occupancy.LIMITS[architecture].threads // threads)
