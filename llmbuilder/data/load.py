@@ -1,9 +1,14 @@
 """One door to the datasets: chosen by the settings and by the shape of the data."""
 
+from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
+from ..errors import LLMBuilderError
 from .examples import Dataset
 from .formats import Data, read_rows
+from .multitask import MultiTaskDataset
 from .shapes import main_shape
 from .task import ChatDataset, TaskDataset
 from .text import TextDataset, asks_for_responses
@@ -18,6 +23,7 @@ def load_dataset(path: Data | Dataset, config: Any) -> Dataset:
     | data | settings | dataset |
     |---|---|---|
     | a dataset already (anything with ``bind``) | any | itself |
+    | a YAML file that lists ``{name, data, share}`` | any | ``MultiTaskDataset``; ``data``, by this table |
     | rows with ``input_ids`` | any | ``TokenDataset`` |
     | any | ``dialogue_format`` or ``task_type="conversation"`` | ``ChatDataset`` |
     | any | ``task_type="language_modeling"`` | ``TextDataset`` with blocks of ``max_seq_length`` |
@@ -38,6 +44,8 @@ def load_dataset(path: Data | Dataset, config: Any) -> Dataset:
     """
     if hasattr(path, "bind"):
         return cast(Dataset, path)
+    if isinstance(path, str | Path) and Path(path).suffix in (".yaml", ".yml"):
+        return _tasks(Path(path), config)
     reading = read_rows(path)
     shape = main_shape(reading.rows)
     if shape == "tokens":
@@ -49,6 +57,19 @@ def load_dataset(path: Data | Dataset, config: Any) -> Dataset:
     if asks_for_responses(task, reading.rows):
         return TaskDataset(reading, task)
     return TextDataset(reading, block_size=getattr(config, "max_seq_length", None) or 1024)
+
+
+def _tasks(path: Path, config: Any) -> MultiTaskDataset:
+    """Several tasks, as a YAML file lists them."""
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tasks = [(str(task["name"]), path.parent / task["data"], float(task["share"])) for task in listed]
+    except OSError as error:
+        raise LLMBuilderError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise LLMBuilderError(f"{path}: should be a list of {{name: …, data: …, share: …}} ({reason})") from None
+    return MultiTaskDataset([(name, load_dataset(data, config), share) for name, data, share in tasks])
 
 
 def _task_type(shape: str, config: Any) -> tuple[str, str]:
