@@ -1,15 +1,23 @@
 // y = scaling S B^T + bias, write only; or y += scaling S B^T, for a base that someone else has computed.
 //
-// A warp computes 32 x 64 of y, a block 128 x 128 by 4 x 2 warps. In each 32 columns of y the columns of four mma are
-// permuted,
+//                 ranks             columns: 4 mma make 32          a block, of 4 x 2 warps
+//               +-------+           +----+----+----+----+           +-----------+-----------+
+//   S  32 rows  |       |   times   | B^T                | ->       | 32 x 128 B|           |
+//               +-------+           +----+----+----+----+           +-----------+-----------+
 //
-//     mma j's column    0 1    2 3    4 5      6 7              lane t's D of mma 0, 1, 2, 3 are columns
-//     column of y     2j+0,1  +8,9   +16,17   +24,25            8t + 0,1   8t + 2,3   8t + 4,5   8t + 6,7
+// Within each 32 columns of y, those of the four mma are permuted:
 //
-// so that a lane ends up with Eights of y: 16-byte stores from registers, with no shared memory and no barrier. The
-// permutation costs nothing, as it only says which row of B a lane loads.
+//     mma j's column               0, 1      2, 3       4, 5        6, 7
+//     is column of y        2j +   0, 1      8, 9       16, 17      24, 25
 //
-// Traffic: y written once (and read once when accumulating); S and B once a block, nearly always from caches.
+// so that D gives lane t columns 8t ... 8t + 7, two from each mma: an Eight, stored by 16 bytes from registers, with no
+// shared memory and no barrier. The permutation costs nothing: it only says which row of B a lane loads.
+//
+// Traffic, in bytes, with e of an element, and quotients rounded up:
+//     e M N                    y, written; when accumulating also read
+//     N / (128 / e) * e M r    S, asked for by every warp of columns, and
+//     M / 32 * e N r           B, asked for by every warp of rows, nearly always from a cache
+//     M / 32 * e N             the bias, likewise
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
@@ -41,7 +49,6 @@ __global__ void __launch_bounds__(Tile::THREADS, Math::FMA ? 1 : Tile::BLOCKS)
   const int64_t row =
       blockIdx.x / a.column_blocks * Tile::ROWS + warp % Tile::ROW_WARPS * Tile::ROW_TILES * MMA_ROWS + g;
   const int64_t column = blockIdx.x % a.column_blocks * Tile::COLUMNS + warp / Tile::ROW_WARPS * GROUPS * 32;
-
   if (ALIGNED) a.S.vector = a.B.vector = true;
 
   float sums[Tile::ROW_TILES][GROUPS][4][4] = {};
@@ -103,10 +110,9 @@ Status lora_expand(const Launch& launch, DType dtype, ConstMatrix S, ConstMatrix
                       scaling,
                       accumulate,
                       column_blocks};
-    const dim3 grid(blocks);
     if (y_vector && a.S.vector && a.B.vector)
-      return LAUNCH((expand_kernel<Math, Tile, true>), grid, Tile::THREADS, 0, launch, a);
-    return LAUNCH((expand_kernel<Math, Tile, false>), grid, Tile::THREADS, 0, launch, a);
+      return LAUNCH((expand_kernel<Math, Tile, true>), blocks, Tile::THREADS, 0, launch, a);
+    return LAUNCH((expand_kernel<Math, Tile, false>), blocks, Tile::THREADS, 0, launch, a);
   });
 }
 

@@ -141,9 +141,20 @@ struct Sums {
     }
   }
 
-  DEVICE void scale(float factor) {
+  template <class F>
+  DEVICE void each(F f) {
 #pragma unroll
-    for (int i = 0; i < ROW_TILES * COLUMN_TILES * 4; i++) d[i / 16][i / 4 % 4][i % 4] *= factor;
+    for (int i = 0; i < ROW_TILES; i++) {
+#pragma unroll
+      for (int j = 0; j < COLUMN_TILES; j++) {
+#pragma unroll
+        for (int h = 0; h < 4; h++) f(d[i][j][h], i, j, h);
+      }
+    }
+  }
+
+  DEVICE void scale(float factor) {
+    each([&](float& sum, int, int, int) { sum *= factor; });
   }
 
   /// Zero where the mask drops, the rest times `factor`; for the lane whose first Eight is `call` of `row`.
@@ -209,13 +220,14 @@ DEVICE void multiply_step(Sums& sums, const unsigned char* left, const unsigned 
   }
 }
 
-/// The same by FMA: a lane reads what its D needs from shared memory, where it would have to shuffle operands of mma.
+/// A whole tile by FMA: a lane reads what its D needs from shared memory, where it would have to shuffle operands of
+/// mma. The tile is summed by itself first: in fp32 one long chain of additions would lose digits.
 template <bool TURNED>
-DEVICE void multiply_step_fma(Sums& sums, const unsigned char* left, const unsigned char* right, int step, int row,
-                              int column) {
+DEVICE void add_tile_fma(Sums& sums, const unsigned char* left, const unsigned char* right, int row, int column) {
   const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+  Sums tile = {};
 #pragma unroll 2
-  for (int k = 8 * step; k < 8 * step + 8; k++) {
+  for (int k = 0; k < Tile::DEPTH_BYTES / 4; k++) {
     float rows[2 * ROW_TILES], columns[2 * COLUMN_TILES];
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; i++)
@@ -227,11 +239,12 @@ DEVICE void multiply_step_fma(Sums& sums, const unsigned char* left, const unsig
     for (int i = 0; i < 2 * ROW_TILES; i++) {
 #pragma unroll
       for (int j = 0; j < 2 * COLUMN_TILES; j++) {
-        float& sum = sums.d[i / 2][j / 2][i % 2 * 2 + j % 2];
+        float& sum = tile.d[i / 2][j / 2][i % 2 * 2 + j % 2];
         sum = fmaf(rows[i], columns[j], sum);
       }
     }
   }
+  sums.each([&](float& sum, int i, int j, int h) { sum += tile.d[i][j][h]; });
 }
 
 /// TURNED: rows of the right operands are depth. ALIGNED: all matrices are; else each says so for itself.
@@ -273,13 +286,12 @@ __global__ void __launch_bounds__(Tile::THREADS, sizeof(typename Math::Element) 
     __syncthreads();
     issue(tile + Tile::STAGES - 1);
     const unsigned char* stage = shared + tile % Tile::STAGES * STAGE_BYTES;
+    if constexpr (Math::FMA) {
+      add_tile_fma<TURNED>(sums, stage, stage + SIDE_BYTES, row, column);
+    } else {
 #pragma unroll
-    for (int step = 0; step < CHUNKS / 2; step++) {
-      if constexpr (Math::FMA) {
-        multiply_step_fma<TURNED>(sums, stage, stage + SIDE_BYTES, step, row, column);
-      } else {
+      for (int step = 0; step < CHUNKS / 2; step++)
         multiply_step<Math, TURNED>(sums, stage, stage + SIDE_BYTES, step, row, column);
-      }
     }
   };
 #pragma unroll
@@ -329,9 +341,8 @@ Status launch_fused(const Launch& launch, DType dtype, bool tf32, const Operands
     const bool all_aligned =
         a.update.left.vector && a.update.right.vector && a.base.left.vector && a.base.right.vector && a.out_vector;
     constexpr int SHARED = Tile::STAGES * STAGE_BYTES;
-    const dim3 grid(blocks(out));
-    if (all_aligned) return LAUNCH((fused_kernel<Math, TURNED, true>), grid, Tile::THREADS, SHARED, launch, a);
-    return LAUNCH((fused_kernel<Math, TURNED, false>), grid, Tile::THREADS, SHARED, launch, a);
+    if (all_aligned) return LAUNCH((fused_kernel<Math, TURNED, true>), blocks(out), Tile::THREADS, SHARED, launch, a);
+    return LAUNCH((fused_kernel<Math, TURNED, false>), blocks(out), Tile::THREADS, SHARED, launch, a);
   });
 }
 

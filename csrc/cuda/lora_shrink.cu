@@ -16,10 +16,12 @@
 // go to the workspace in fp32, and a second launch adds them in order. The number of slices follows from the shape
 // alone.
 //
-// Traffic, in bytes, with e of an element:  e M K               x, once for each 256 ranks (32 in fp32 without tf32)
-//                             M / ROWS *    e r K               A, nearly always from the second-level cache
-//                                           e M r               S
-//                           2 * slices *    4 M r               partial sums, written and read; none for one slice
+// Traffic, in bytes, with e of an element, and quotients rounded up:
+//     e M K                         x, once for each 256 ranks (for each 32 in fp32 without tf32)
+//     M / (16 ROW_TILES) * e r K    A, asked for by every warp of rows; M / ROWS times where a block's warps find each
+//                                   other's in the first-level cache, and nearly always from the second-level one
+//     e M r                         S
+//     2 * slices * 4 M r            partial sums, written and read; none where there is one slice
 #include "cuda/check.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
@@ -126,8 +128,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::template blocks<typename 
   }
 }
 
-/// The depth in slices of whole steps for every warp: as many as make about two blocks for each of 128 multiprocessors,
-/// and none so short that its sums weigh more than what it reads.
+/// The depth in slices: as many as make about two blocks for each of 128 multiprocessors, but none of fewer than four
+/// steps a warp.
 Cut slices(int64_t M, int64_t K) {
   constexpr int64_t BLOCKS = 256, ROWS = ShrinkSmall::ROWS, STEP = DEPTH * ShrinkSmall::DEPTH_WARPS;
   return Cut::into(K, BLOCKS / parts_of(M > 0 ? M : 1, ROWS), 4 * STEP, STEP);
@@ -135,7 +137,7 @@ Cut slices(int64_t M, int64_t K) {
 
 template <class Math, class Tile>
 Status launch_tile(const Launch& launch, const Shrink<typename Math::Element>& a, int64_t parts) {
-  const dim3 grid(parts_of(a.x.rows, Tile::ROWS), parts, parts_of(a.A.rows, Tile::RANK));
+  const Blocks grid(parts_of(a.x.rows, Tile::ROWS), parts, parts_of(a.A.rows, Tile::RANK));
   if (a.x.vector && a.A.vector) return LAUNCH((shrink_kernel<Math, Tile, true>), grid, Tile::THREADS, 0, launch, a);
   return LAUNCH((shrink_kernel<Math, Tile, false>), grid, Tile::THREADS, 0, launch, a);
 }
@@ -161,8 +163,7 @@ Status lora_shrink(const Launch& launch, DType dtype, ConstMatrix x, ConstMatrix
   const int64_t M = x.rows, K = x.columns, r = A.rows;
   Check check("lora_shrink");
   check.matrix("x", x, M, K).matrix("A", A, r, K).matrix("S", S, M, r).mask(mask, M);
-  check.blocks(parts_of(M, ShrinkSmall::ROWS));
-  check.workspace(workspace, lora_shrink_workspace(dtype, M, K, r) > 0);
+  check.blocks(parts_of(M, ShrinkSmall::ROWS)).workspace(workspace, lora_shrink_workspace(dtype, M, K, r) > 0);
   if (!check.status()) return check.status();
   if (M == 0 || r == 0) return {};
 

@@ -64,6 +64,20 @@ struct Eight {
     }
   }
 
+  /// Values rounded to nearest.
+  DEVICE static Eight of(const float (&values)[8]) {
+    Eight eight;
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+      if constexpr (PACKED == 1) {
+        eight.word[i] = bits_of(values[i]);
+      } else {
+        eight.word[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+      }
+    }
+    return eight;
+  }
+
   DEVICE void set(int i, T value) {
     const uint32_t bits = bits_of(value);
     if constexpr (PACKED == 1) {
@@ -115,10 +129,7 @@ DEVICE void write_eight(T* out, const T* bias, bool accumulate, int64_t valid, b
   };
   if (bias) add(bias);
   if (accumulate) add(out);
-  Eight<T> rounded = {};
-#pragma unroll
-  for (int i = 0; i < 8; i++) rounded.set(i, from_float<T>(values[i]));
-  rounded.store(out, valid, vector);
+  Eight<T>::of(values).store(out, valid, vector);
 }
 
 struct MathBF16 {
@@ -143,8 +154,8 @@ struct MathTF32 {
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k8_tf32(d, a, b); }
 };
 
-/// FMA in the layout of m16n8k8: a lane fetches what its D needs from the lanes that hold it, by 32 shuffles for 32
-/// FMA.
+/// FMA in the layout of m16n8k8: a lane fetches what its D needs from the lanes that hold it, 32 shuffles for 32 FMA.
+/// For the skinny products alone: beside a base product by FMA even that is little.
 struct MathFP32 {
   using Element = float;
   static constexpr bool FMA = true;

@@ -1,4 +1,5 @@
-// The tile parameters of every kernel, in one table. Counts of registers and what they leave of an SM: docs/kernels.md.
+// The tile parameters of every kernel, in one table. What they cost in registers and leave of a multiprocessor is in
+// benchmarks/results/codegen.csv.
 #pragma once
 #include <cstdint>
 
@@ -10,24 +11,27 @@ namespace llmbuilder::gpu {
 /// How many parts cover a size.
 HD constexpr int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-/// lora_shrink: a warp takes ROW_TILES * 16 rows and every DEPTH_WARPS-th 32 columns, and holds sums for RANK ranks.
-/// RANK is the largest rank that a row serves; larger ones take more blocks of the last.
+/// lora_shrink: a warp takes ROW_TILES * 16 rows and every DEPTH_WARPS-th 32 columns, and holds the sums of up to RANK
+/// ranks. Ranks above the largest tile's take further blocks.
 template <int RANK_, int ROW_TILES_, int ROW_WARPS_, int DEPTH_WARPS_, int BLOCKS_>
 struct ShrinkTile {
   static constexpr int RANK = RANK_, ROW_TILES = ROW_TILES_, ROW_WARPS = ROW_WARPS_, DEPTH_WARPS = DEPTH_WARPS_;
-  /// Blocks that an SM must have registers for; fp32's Eights take twice as many.
+  static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, THREADS = 32 * ROW_WARPS * DEPTH_WARPS;
+
+  /// Blocks that a multiprocessor must have registers for; the operands of fp32 take twice as many.
   template <class T>
   static constexpr int blocks() {
     return sizeof(T) == 2 ? BLOCKS_ : 1;
   }
-  static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, THREADS = 32 * ROW_WARPS * DEPTH_WARPS;
 };
-//                             rank   16 rows x   warps on rows   warps on depth   blocks of an SM
-using ShrinkSmall = ShrinkTile<32,    2,          2,              4,               2>;
-using ShrinkMiddle = ShrinkTile<64,   1,          4,              2,               2>;
-using ShrinkLarge = ShrinkTile<256,   1,          8,              1,               1>;
+// clang-format off
+//                              ranks, 16 rows x, row warps, depth warps, blocks
+using ShrinkSmall  = ShrinkTile<32,    2,         2,         4,           2>;
+using ShrinkMiddle = ShrinkTile<64,    1,         4,         2,           2>;
+using ShrinkLarge  = ShrinkTile<256,   1,         8,         1,           1>;
+// clang-format on
 
-/// lora_expand: a warp takes ROW_TILES * 16 rows and COLUMN_GROUPS * 32 columns, 128 bytes of a row.
+/// lora_expand: a warp takes ROW_TILES * 16 rows and COLUMN_GROUPS * 32 columns, which are 128 bytes of a row.
 template <int SIZE>
 struct ExpandTile {
   static constexpr int ROW_TILES = 2, COLUMN_GROUPS = 4 / SIZE, ROW_WARPS = 4, COLUMN_WARPS = 2, BLOCKS = 2;
@@ -35,7 +39,8 @@ struct ExpandTile {
   static constexpr int THREADS = 32 * ROW_WARPS * COLUMN_WARPS;
 };
 
-/// lora_fused: a block takes SIDE rows by SIDE columns in 2 x 4 warps, and has STAGES tiles of depth in flight.
+/// lora_fused: a block takes SIDE rows by SIDE columns in 2 x 4 warps, and keeps STAGES tiles of depth in shared
+/// memory: 48 KiB, so that two blocks fit where a multiprocessor has 100.
 struct FusedTile {
   static constexpr int SIDE = 128, DEPTH_BYTES = 64, STAGES = 3, ROW_WARPS = 2, THREADS = 256, BLOCKS = 2;
 };

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, guarded, laid_out
+from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +15,14 @@ def expand(S, B, bias, scaling, y=None, tf32=False, layout="plain"):
     out, check_around = guarded(len(S), len(B), S.dtype, layout)
     if y is not None:
         out.copy_(y)
-    arguments = *map(_cuda._matrix, (S, B)), _cuda._address(bias), scaling, y is not None, _cuda._matrix(out)
-    _cuda._kernels.lora_expand(_cuda._dtype(S), *arguments, tf32, 0, 0)
+    expand_into(out, S, B, bias, scaling, y is not None, tf32)
     check_around()
     return out
+
+
+def expand_into(y, S, B, bias, scaling, accumulate=False, tf32=False):
+    arguments = *map(_cuda._matrix, (S, B)), _cuda._address(bias), scaling, accumulate, _cuda._matrix(y)
+    _cuda._kernels.lora_expand(_cuda._dtype(S), *arguments, tf32, 0, 0)
 
 
 def formula(S, B, bias, scaling, y):
@@ -36,7 +40,7 @@ def rounded_to_tf32(x):
     return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(
     M=st.integers(1, 150),
     N=st.integers(1, 280) | st.sampled_from([63, 64, 128, 129]),
@@ -106,6 +110,14 @@ def test_y_is_written_once(cuda, dtype, N, accumulate):
     assert launch.traffic["S"].bytes_read == S.nbytes * -(-N // 128) * 2
     assert launch.traffic["B"].bytes_read == B.nbytes * -(-150 // 128) * 4
     assert launch.traffic["S"].unique_read == S.nbytes and launch.traffic["B"].unique_read == B.nbytes
+
+
+@pytest.mark.parametrize("N", [64, 63])
+def test_rows_beyond_four_billion_elements(cuda, N):
+    S, B, bias = inputs(140, N, 8, torch.bfloat16)
+    far_S, far_B, far_y = (far_apart(*shape, S.dtype) for shape in ((140, 8), (N, 8), (140, N)))
+    expand_into(far_y, far_S.copy_(S), far_B.copy_(B), bias, 0.5)
+    assert torch.equal(far_y, expand(S, B, bias, 0.5))
 
 
 @pytest.mark.parametrize("M, N, r", [(0, 8, 4), (5, 0, 4), (5, 9, 0)])

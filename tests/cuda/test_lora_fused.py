@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, guarded, laid_out
+from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,19 +16,27 @@ NARROW = [torch.bfloat16, torch.float16, torch.float32]
 def fused(x, W, bias, S, B, scaling, tf32=False, layout="plain"):
     """y, of whose memory nothing was known before and around which nothing was written."""
     y, check_around = guarded(len(x), len(W), x.dtype, layout)
-    arguments = *map(_cuda._matrix, (x, W)), _cuda._address(bias), *map(_cuda._matrix, (S, B)), scaling
-    _cuda._kernels.lora_fused(_cuda._dtype(x), *arguments, _cuda._matrix(y), tf32, 0, 0)
+    fused_into(y, x, W, bias, S, B, scaling, tf32)
     check_around()
     return y
+
+
+def fused_into(y, x, W, bias, S, B, scaling, tf32=False):
+    arguments = *map(_cuda._matrix, (x, W)), _cuda._address(bias), *map(_cuda._matrix, (S, B)), scaling
+    _cuda._kernels.lora_fused(_cuda._dtype(x), *arguments, _cuda._matrix(y), tf32, 0, 0)
 
 
 def fused_grad(dY, W, dS, A, threshold=0, seed=SEED, stream=0, tf32=False, layout="plain"):
     """dX, likewise."""
     dX, check_around = guarded(len(dY), W.shape[1], dY.dtype, layout)
-    arguments = *map(_cuda._matrix, (dY, W, dS, A)), _cuda._mask(seed, stream, threshold), _cuda._matrix(dX)
-    _cuda._kernels.lora_fused_grad(_cuda._dtype(dY), *arguments, tf32, 0, 0)
+    fused_grad_into(dX, dY, W, dS, A, threshold, seed, stream, tf32)
     check_around()
     return dX
+
+
+def fused_grad_into(dX, dY, W, dS, A, threshold=0, seed=SEED, stream=0, tf32=False):
+    arguments = *map(_cuda._matrix, (dY, W, dS, A)), _cuda._mask(seed, stream, threshold), _cuda._matrix(dX)
+    _cuda._kernels.lora_fused_grad(_cuda._dtype(dY), *arguments, tf32, 0, 0)
 
 
 def scaled(rows, columns, depth, dtype):
@@ -58,7 +66,7 @@ CASES = {
 }
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 @given(with_bias=st.booleans(), **CASES)
 def test_forward_errs_no_more_than_torch(
     emulator, check_error, M, N, K, r, dtype, tf32, layouts, schedule, seed, with_bias
@@ -85,7 +93,7 @@ def test_forward_errs_no_more_than_torch(
     check_error(found, same, exact, dtype=dtype)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(threshold=st.sampled_from([0, 6554, 32768, 60000]), **CASES)
 def test_gradient_errs_no_more_than_torch(
     emulator, check_error, M, N, K, r, dtype, tf32, layouts, schedule, seed, threshold
@@ -173,6 +181,19 @@ def test_the_result_is_written_once_and_operands_read_once_a_block(cuda, dtype, 
         assert (traffic.unique_read, traffic.bytes_read) == (tensor.nbytes, tensor.nbytes * times)
     (written,) = [traffic for traffic in launch.traffic.values() if traffic.bytes_written]
     assert (written.bytes_written, written.unique_written, written.bytes_read) == (result.nbytes, result.nbytes, 0)
+
+
+@pytest.mark.parametrize("columns", [64, 63])
+def test_rows_beyond_four_billion_elements(cuda, columns):
+    x, W, S, B = (torch.randn(shape).bfloat16() for shape in ((140, columns), (72, columns), (140, 8), (72, 8)))
+    far = [far_apart(*t.shape, t.dtype).copy_(t) for t in (x, W, S, B)]
+    far_y = far_apart(140, 72, x.dtype)
+    fused_into(far_y, far[0], far[1], None, far[2], far[3], 0.5)
+    assert torch.equal(far_y, fused(x, W, None, S, B, 0.5))
+    dY, A = torch.randn(140, 72).bfloat16(), torch.randn(8, columns).bfloat16()
+    far_dX = far_apart(140, columns, x.dtype)
+    fused_grad_into(far_dX, far_y.copy_(dY), far[1], far[2], far_apart(8, columns, x.dtype).copy_(A), 5000)
+    assert torch.equal(far_dX, fused_grad(dY, W, S, A, 5000))
 
 
 @pytest.mark.parametrize("M, N, K", [(0, 8, 8), (5, 0, 8), (5, 8, 0)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, guarded, laid_out
+from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,15 +12,18 @@ from llmbuilder.ops import _cuda, reference
 SEED = torch.tensor(0x123456789ABCDEF)
 
 
-def shrink(x, A, threshold=0, seed=SEED, stream=0, tf32=False, layout="plain", workspace=None):
+def shrink(x, A, threshold=0, seed=SEED, stream=0, tf32=False, layout="plain"):
     """S, of whose memory nothing was known before and around which nothing was written."""
     S, check_around = guarded(len(x), len(A), x.dtype, layout)
-    size = _cuda._kernels.lora_shrink_workspace(_cuda._dtype(x), *x.shape, len(A))
-    workspace = poisoned(size // 4) if workspace is None else workspace
-    matrices, mask = map(_cuda._matrix, (x, A, S)), _cuda._mask(seed, stream, threshold)
-    _cuda._kernels.lora_shrink(_cuda._dtype(x), *matrices, mask, tf32, workspace.data_ptr(), 0, 0)
+    shrink_into(S, x, A, threshold, seed, stream, tf32)
     check_around()
     return S
+
+
+def shrink_into(S, x, A, threshold=0, seed=SEED, stream=0, tf32=False):
+    workspace = poisoned(_cuda._kernels.lora_shrink_workspace(_cuda._dtype(x), *x.shape, len(A)) // 4)
+    matrices, mask = map(_cuda._matrix, (x, A, S)), _cuda._mask(seed, stream, threshold)
+    _cuda._kernels.lora_shrink(_cuda._dtype(x), *matrices, mask, tf32, workspace.data_ptr(), 0, 0)
 
 
 def inputs(M, K, r, dtype):
@@ -142,6 +145,14 @@ def test_x_is_read_once_and_s_written_once(cuda, dtype, K, r):
     assert len(launches) == 1
     written = [t for name, t in traffic.items() if name not in ("x", "A") and t.bytes_written]
     assert [(t.bytes_written, t.unique_written) for t in written] == [(S.nbytes, S.nbytes)]
+
+
+@pytest.mark.parametrize("K", [64, 63])
+def test_rows_beyond_four_billion_elements(cuda, K):
+    x, A = inputs(70, K, 8, torch.bfloat16)
+    far_x, far_S = far_apart(70, K, x.dtype), far_apart(70, 8, x.dtype)
+    shrink_into(far_S, far_x.copy_(x), A, 5000)
+    assert torch.equal(far_S, shrink(x, A, 5000))
 
 
 def test_above_256_ranks_x_is_read_again(cuda, check_error):

@@ -1,5 +1,6 @@
 """Matrices as a kernel has to take them, anywhere in memory, and with guard bands around what it writes."""
 
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,14 @@ def guarded(rows: int, columns: int, dtype: torch.dtype, layout: str = "plain") 
         assert (bits[around] == -1).all(), "the kernel wrote beside its result"
 
     return view(memory), check
+
+
+def far_apart(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A poisoned matrix whose last row begins beyond 2**32 elements; between the rows nothing is ever touched."""
+    stride = 8 * (2**29 // (rows - 1) + 1)
+    reserve_nothing = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    memory = mmap.mmap(-1, rows * stride * dtype.itemsize, flags=reserve_nothing)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, stride)[:, :columns].fill_(torch.nan)
 
 
 def _memory(rows: int, columns: int, dtype: torch.dtype, layout: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
