@@ -1,5 +1,8 @@
 """The launchers as nvcc compiles them, over a stand-in for the CUDA runtime that records what they ask of it."""
 
+import math
+import re
+
 import pytest
 from codegen import nvcc
 from gpusim import build, record
@@ -52,6 +55,22 @@ def test_kernels_go_to_the_device_and_the_stream(recorder, every_call):
 def test_the_device_is_left_alone_where_it_is_current(recorder, every_call):
     every_call[0].launch(0, 0)
     assert "set_device" not in {words[0] for words in recorder.events()}
+
+
+def test_no_block_is_larger_than_its_kernel_was_compiled_for(recorder, every_call):
+    """__launch_bounds__, which nvcc hands on to the driver and the emulator doesn't see."""
+    bounds = {}
+    for source in nvcc.sources():
+        for symbol, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", nvcc.ptx(source)):
+            bounds[symbol] = int(threads)
+    seen = set()
+    for call in every_call:
+        recorder.clear()
+        call.launch(DEVICE, STREAM)
+        for each in recorder.launches():
+            assert math.prod(each.block) <= bounds[each.symbol], each.kernel
+            seen.add(each.symbol)
+    assert len(seen) > 30
 
 
 def launched(recorder, call, device, stream):

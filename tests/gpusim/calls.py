@@ -106,7 +106,7 @@ LORA_CASES = [
     Case("f32", 34, 40, 36, 16, tf32=True),
     Case("f32", 18, 33, 35, 9, slice=True, tf32=True),
     Case("bf16", 1, 8, 8, 256),
-    Case("bf16", 300, 264, 264, 5, threshold=32768),  # several blocks of every kernel
+    Case("bf16", 140, 136, 136, 5, threshold=32768),  # several blocks of every kernel
     Case("f16", 9, 12, 2100, 8),
 ]
 

@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import re
 import subprocess
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ STUBS = {"__cudaPushCallConfiguration", "__cudaPopCallConfiguration"}
 class Launch:
     """A kernel that a launcher put on a stream."""
 
-    kernel: str
+    symbol: str
+    kernel: str  # the symbol, demangled
     device: int
     stream: int
     grid: tuple[int, int, int]
@@ -69,6 +71,12 @@ class Recorder:
         self._library = ctypes.CDLL(str(path))
         self._library.recorder_events.restype = ctypes.c_char_p
 
+    def serving(self) -> AbstractContextManager[None]:
+        """The launchers are the backend `cuda`, for tensors on the CPU, and nothing is computed."""
+        from llmbuilder.ops import _backend
+
+        return _backend.emulated(self.module)
+
     def clear(self) -> None:
         self._library.recorder_clear()
 
@@ -103,4 +111,4 @@ class Recorder:
 def _launch(words: list[str]) -> Launch:
     _, name, device, stream, grid, block, shared, error = words
     x, y = (tuple(map(int, triple.split(","))) for triple in (grid, block))
-    return Launch(demangled([name])[0], int(device), int(stream), x, y, int(shared), int(error))
+    return Launch(name, demangled([name])[0], int(device), int(stream), x, y, int(shared), int(error))
