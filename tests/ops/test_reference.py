@@ -90,6 +90,36 @@ def test_lora_operators_are_the_derivatives_of_the_dense_formula(threshold):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("threshold", [0, 20000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_operators_that_write_the_update_first_are_the_derivatives_of_the_layer(threshold, with_bias):
+    M, K, N, r, seed = 13, 21, 17, 5, torch.tensor(99)
+    sizes = (M, K), (N, K), (N,), (r, K), (N, r), (M, N)
+    x, W, bias, A, B, dY = (torch.randn(*size, dtype=torch.float64) for size in sizes)
+    bias = bias if with_bias else None
+    scale = reference.keep_mask((M, K), threshold, seed, 2) * (65536 / (65536 - threshold))
+    for t in (x, A):
+        t.requires_grad_()
+    update = 0.7 * (x * scale) @ A.t() @ B.t()
+    y = F.linear(x, W, bias) + update
+    dX0, dA = torch.autograd.grad(update, (x, A), dY, retain_graph=True)
+    (dX,) = torch.autograd.grad(y, x, dY)
+    with torch.no_grad():
+        S = reference.lora_shrink(x, A, threshold, seed, 2)
+        dS, _ = reference.lora_grad_sb(dY, S, B, 0.7)
+        got_dA, got_dX0 = reference.lora_grad_ax(x, dS, A, threshold, seed, 2, True)
+        pairs = [
+            (reference.lora_expand(S, B, bias, 0.7), update if bias is None else update + bias),
+            (reference.lora_fused(x, W, bias, S, B, 0.7), y),
+            (reference.lora_fused_grad(dY, W, dS, A, threshold, seed, 2), dX),
+            (got_dA, dA),
+            (got_dX0, dX0),
+        ]
+        assert reference.lora_grad_ax(x, dS, A, threshold, seed, 2, False)[1] is None
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_of_narrow_tensors_are_summed_to_fp32(dtype):
     x, A, B, dY = (torch.randn(*s).to(dtype) for s in ((6, 8), (2, 8), (4, 2), (6, 4)))
