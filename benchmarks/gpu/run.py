@@ -28,9 +28,11 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which; default: all")
+    parser.add_argument("names", nargs="*", help=f"which of {' '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--dry-run", action="store_true", help="take the same way on a CPU and keep no figure")
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(BENCHMARKS):
+        raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {' '.join(BENCHMARKS)}")
     if not arguments.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --dry-run checks the benchmarks without one")
     torch.manual_seed(0)
@@ -44,11 +46,10 @@ def main() -> None:
 def _emulated():
     """The CUDA kernels, built for the CPU, in the place of those for a GPU."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-    from gpusim import build
+    from gpusim.build import build
+    from gpusim.harness import Emulator
 
-    from llmbuilder.ops import _backend
-
-    return _backend.emulated(build.module())
+    return Emulator(build()).serving()
 
 
 if __name__ == "__main__":
