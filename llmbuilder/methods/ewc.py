@@ -10,7 +10,7 @@ A sum of squares is one square and a constant, so that any number of tasks is he
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,14 +80,15 @@ class Quadratic:
 class EWC:
     """Holds the weights that train where the past left them, each as strongly as the past depends on it.
 
-    What past there is: before the first task the base model, by its Fisher information on ``run.general``; after each
-    task the task, by that on its training data. With adapters, the weights are A and B.
+    What past there is: before the first task the base model, by its Fisher information on ``run.general`` (without
+    which it has none); after each task the task, by that on its training data. With adapters, the weights are A and B.
 
     Args:
         strength: λ. With 1 a token of the past counts as one of the present.
         empirical: the Fisher information of the data's labels, not of labels that the model draws.
         decay: online EWC: one anchor, the newest, and the past's Fisher information fades by this factor a task, in
             [0, 1]. None: every task counts in full, around its own anchor.
+        estimate: how the Fisher information of weights on some examples is found, for models other than of language.
 
     Raises:
         ConfigError: a run that goes on trains none of the weights that the past knows.
@@ -95,8 +96,11 @@ class EWC:
 
     name = "ewc"
 
-    def __init__(self, strength: float, empirical: bool = False, decay: float | None = None) -> None:
+    def __init__(
+        self, strength: float, empirical: bool = False, decay: float | None = None, estimate: "Estimate | None" = None
+    ) -> None:
         self.strength, self.empirical, self.decay = strength, empirical, decay
+        self._estimate = estimate or fisher_of
         self.past_tasks = Quadratic()
         self._params: dict[str, nn.Parameter] = {}
 
@@ -107,15 +111,14 @@ class EWC:
             raise ConfigError("the earlier run knows nothing of the weights that this one trains: train the same")
 
     def before_task(self, run: Run) -> None:
-        if not self.past_tasks.fishers:
-            assert run.general is not None
-            self.add_task(fisher_of(run, self._params, run.general, self.empirical))
+        if not self.past_tasks.fishers and run.general is not None:
+            self.add_task(self._estimate(run, self._params, run.general, self.empirical))
 
     def penalty(self) -> float:
         return self.past_tasks.add_penalty_(self._params, self.strength)
 
     def after_task(self, run: Run) -> None:
-        self.add_task(fisher_of(run, self._params, run.sources["train"], self.empirical))
+        self.add_task(self._estimate(run, self._params, run.sources["train"], self.empirical))
 
     def add_task(self, fishers: Tensors) -> None:
         """Count a task as past, whose Fisher information this is at the weights as they are."""
@@ -147,6 +150,9 @@ class EWC:
             tensors |= {
                 name: value.to(self._params[name].device) for name, value in tensors.items() if name in self._params
             }
+
+
+Estimate = Callable[[Run, dict[str, nn.Parameter], Sequence[Example], bool], dict[str, Tensor]]
 
 
 def fisher_of(
