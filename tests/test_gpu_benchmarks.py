@@ -1,0 +1,34 @@
+"""The GPU benchmarks without a GPU: every path of their code, every check of results, and not a figure kept."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpusim.build import why_not
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks/gpu/run.py"
+RESULTS = ROOT / "benchmarks/results"
+
+
+def run(*arguments):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_a_dry_run_takes_every_path_and_writes_nothing():
+    before = sorted(RESULTS.glob("gpu_*"))
+    done = run("--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("sanitizer", "layer", "bandwidth", "roofline", "graph", "step"):
+        assert f"== {name}\n" in done.stdout
+    assert done.stdout.count(" rows of ") == 6 and "ms=" not in done.stdout
+    assert sorted(RESULTS.glob("gpu_*")) == before
+
+
+def test_a_benchmark_that_does_not_exist_is_named():
+    done = run("--dry-run", "speed")
+    assert done.returncode == 1 and "no such benchmark: speed" in done.stderr
