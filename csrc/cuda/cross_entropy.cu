@@ -12,6 +12,7 @@ namespace llmbuilder::gpu {
 namespace {
 
 constexpr int THREADS = 512;
+constexpr int BLOCKS = 3;                 // an SM must have registers for, so that enough loads are under way
 constexpr float LOWEST = -3.4028235e38f;  // finite, so that columns of -inf count nothing instead of making NaN
 
 /// The sum of e^z over some columns as total * e^largest, and the first column where z is largest.
@@ -104,7 +105,7 @@ DEVICE void differentiate(const Row<T>& row, const Softmax& softmax, int64_t tar
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     cross_entropy_kernel(T* logits, int64_t stride, int64_t columns, const int64_t* targets, const float* row_weights,
                          float softcap, bool need_grad, bool vector, float* losses, int64_t* predictions) {
   SHARED(shared, Softmax[THREADS / LANES]);
