@@ -127,6 +127,9 @@ class ForgettingRows(BaseModel):
             "preserve_base_capabilities=True contradicts regularization_strength=0: drop one of them": (
                 self.preserve_base_capabilities and self.regularization_strength == 0
             ),
+            "shared_encoder=False: replayed examples belong to none of the tasks, and would train no adapter": (
+                bool(replay) and not config.shared_encoder
+            ),
             "ewc looks back on a task by one output layer and one adapter: drop it, or task_specific_heads and "
             "shared_encoder=False": ewc and (config.task_specific_heads or not config.shared_encoder),
         }

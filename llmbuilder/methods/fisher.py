@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import LLMBuilderError
 from ..nn.heads import IGNORED, LanguageHead
 from ..ops import ewc_accumulate_
 from .per_example import SquaredGradients
@@ -68,6 +69,9 @@ def diagonal_fisher(
     Returns:
         By name, like each parameter in shape, fp32 (fp64 where the parameter is); 0 where there are no targets. The
         same call gives the same bits.
+
+    Raises:
+        LLMBuilderError: a logit is not finite.
     """
     sums = {name: _zeros(param) for name, param in params.items()}
     generator = torch.Generator(next(iter(params.values())).device).manual_seed(seed)
@@ -115,6 +119,10 @@ def _add_batch(
     size = len(next(iter(batch.values())))
     with squares.watching(size), torch.enable_grad():
         logits, targets, owners = score(batch)
+        if not logits.isfinite().all():
+            raise LLMBuilderError(
+                "the model's logits are not finite, so it has no Fisher information: train it less hard"
+            )
         labels, ascent = _ascent(logits, targets, generator)
         missed = squares.missed() | singly
         wanted = {name: total for name, total in sums.items() if name not in missed}

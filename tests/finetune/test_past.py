@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmbuilder.data import MultiTaskDataset
 from llmbuilder.errors import ConfigError, LLMBuilderError
 from llmbuilder.finetune import FineTuner, Results
 from llmbuilder.finetune.past import Past
@@ -86,6 +87,38 @@ def test_a_second_task_goes_on_from_the_folder_of_the_first_as_in_one_process(ma
     assert same_past(past, Past.load(tmp_path / "c" / "past"))
     assert [task["name"] for task in past.tasks] == ["letters", "task 2"]
     assert past.methods["replay"]["offered"] == 22 and len(past.methods["replay"]["examples"]) == 6
+
+
+def test_several_methods_at_once_resume_bit_for_bit(
+    make_gpt: Make, make_examples: Make, make_config: Make, tmp_path: Path
+) -> None:
+    """LoRA, EWC, replay and several tasks at once: killed within the first and the second run, and between them."""
+
+    def run(seed: int, folder: Path, **how: Any) -> None:
+        parts = [("a", make_examples(9, seed=seed), 0.7), ("b", make_examples(6, seed=seed + 10), 0.3)]
+        config = make_config(
+            **KINDS["lora"] | KEPT | {"use_lora": True},
+            multi_task=True,
+            task_weights={"b": 2.0},
+            output_dir=folder,
+            save_every=2,
+            num_epochs=1,
+            seed=seed,
+        )
+        data = MultiTaskDataset(parts), MultiTaskDataset([(name, rows[:2], share) for name, rows, share in parts])
+        FineTuner(make_gpt(), *data, config, general_dataset=make_examples(4, seed=20), **how).train()
+
+    run(1, tmp_path / "a")
+    run(2, tmp_path / "b", continue_from=tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "cut")
+    stop_at(tmp_path / "cut", 2)
+    run(1, tmp_path / "cut", resume=True)
+    assert same_past(Past.load(tmp_path / "cut" / "past"), Past.load(tmp_path / "a" / "past"))
+    shutil.copytree(tmp_path / "b", tmp_path / "cut2")
+    stop_at(tmp_path / "cut2", 2)
+    run(2, tmp_path / "cut2", continue_from=tmp_path / "cut", resume=True)
+    assert same(weights(tmp_path / "cut2"), weights(tmp_path / "b"))
+    assert same_past(Past.load(tmp_path / "cut2" / "past"), Past.load(tmp_path / "b" / "past"))
 
 
 def stop_at(folder: Path, step: int) -> None:

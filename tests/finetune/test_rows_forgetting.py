@@ -66,6 +66,10 @@ def test_either_setting_of_replay_implies_the_other() -> None:
         ({"preserve_base_capabilities": True, "regularization_strength": 0}, "drop one of them"),
         ({"continual_learning": True, "multi_task": True, "task_specific_heads": True}, "one output layer"),
         ({"continual_learning": True, "multi_task": True, "shared_encoder": False}, "one adapter"),
+        (
+            {"continual_learning": True, "replay_frequency": 0.1, "multi_task": True, "shared_encoder": False},
+            "replayed examples belong to none",
+        ),
         ({"replay_frequency": 1.0, "continual_learning": True}, "replay_frequency=1.0"),
     ],
 )

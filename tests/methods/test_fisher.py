@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
 from llmbuilder.data import collate
+from llmbuilder.errors import LLMBuilderError
 from llmbuilder.methods import fisher
 from llmbuilder.methods.fisher import Scores, diagonal_fisher, language_scores
 from llmbuilder.models import GPT, GPTConfig
@@ -243,6 +244,16 @@ def test_fisher_is_right_where_parameters_are_used_in_odd_ways() -> None:
             for i in range(7)
         ]
         assert torch.allclose(found[name], torch.stack(squares).mean(0), rtol=1e-9, atol=1e-15), name
+
+
+def test_a_model_that_has_diverged_is_refused() -> None:
+    model, x = softmax_regression()
+    with torch.no_grad():
+        model.bias[0] = float("nan")
+    batch = {"x": x, "labels": torch.zeros(6, dtype=torch.int64)}
+    with pytest.raises(LLMBuilderError, match="not finite"):
+        diagonal_fisher(model, dict(model.named_parameters()), [batch], classifier_scores(model))
+    assert all(param.requires_grad for param in model.parameters())
 
 
 def test_fisher_of_data_without_targets_is_zero() -> None:
