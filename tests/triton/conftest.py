@@ -14,7 +14,11 @@ collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 if INTERPRETED:
     import guard
+    from hypothesis import Phase, settings
 
+    settings.register_profile("thorough", deadline=None, max_examples=12)
+    settings.register_profile("quick", deadline=None, max_examples=4, derandomize=True, phases=[Phase.generate])
+    settings.load_profile(os.environ.get("INTERPRETED_PROFILE", "thorough"))
     guard.install(int(os.environ.get("GUARD_SEED", "0")))
     # Memory that nobody has written yet holds NaN.
     torch.use_deterministic_algorithms(True)

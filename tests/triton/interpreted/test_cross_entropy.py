@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuilder.kernels import cross_entropy
 from llmbuilder.ops import reference
 
 
-@settings(deadline=None, max_examples=20)
 @given(
     rows=st.integers(1, 4),
     columns=st.one_of(st.integers(1, 300), st.sampled_from([4095, 4096, 4097, 9000])),
@@ -22,7 +21,7 @@ from llmbuilder.ops import reference
 def test_losses_predictions_and_gradient(check_error, rows, columns, dtype, weighted, softcap, spread, seed):
     torch.manual_seed(seed)
     losses, gradients = ([], [], []), ([], [], [])
-    for _ in range(16 if columns < 300 else 1):
+    for _ in range(16 if columns < 300 else 4):
         logits = (spread * torch.randn(rows, columns)).to(dtype)
         targets, weights = torch.randint(columns, (rows,)), torch.rand(rows) if weighted else None
         ways = [(cross_entropy, logits.clone()), (reference, logits.clone()), (reference, logits.double())]

@@ -3,7 +3,7 @@
 import guard
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuilder.kernels import ewc
@@ -51,7 +51,6 @@ class Tensors:
         return guard.allow(*self.params, *self.anchors, *self.fishers, *self.grads, *grads)
 
 
-@settings(deadline=None, max_examples=25)
 @given(
     sizes=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -73,7 +72,6 @@ def test_penalty(check_error, sizes, dtype, weighted, offset, seed):
         check_error([a.grad], [b.grad], [c.grad], f"gradient {i}")
 
 
-@settings(deadline=None, max_examples=15)
 @given(
     sizes=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

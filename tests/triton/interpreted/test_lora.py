@@ -3,7 +3,7 @@
 import guard
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuilder.kernels import lora
@@ -30,7 +30,7 @@ cases = {
 
 def drawn(function):
     """Once for each drawn case, its tensors made from the case's seed."""
-    return settings(deadline=None, max_examples=12)(given(**cases)(function))
+    return given(**cases)(function)
 
 
 def laid(values, layout):
