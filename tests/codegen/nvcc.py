@@ -67,17 +67,17 @@ def cubin(source: Path, architecture: int) -> Path:
 
 def all_cubins() -> dict[tuple[str, int], Path]:
     """By source and architecture, two at a time."""
-    each(host)
+    each(host, sources())
     wanted = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda one: cubin(*one), wanted)
         return {(source.stem, architecture): path for (source, architecture), path in zip(wanted, made, strict=True)}
 
 
-def each(make: Callable[[Path], Path], csrc: Path = ROOT / "csrc") -> dict[Path, Path]:
-    """make(source) of every source, two at a time."""
+def each(make: Callable[[Path], Path], wanted: list[Path]) -> dict[Path, Path]:
+    """make(source) of these sources, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(sources(csrc), pool.map(make, sources(csrc)), strict=True))
+        return dict(zip(wanted, pool.map(make, wanted), strict=True))
 
 
 def _compiled(source: Path, kind: str, options: tuple[str, ...]) -> Path:

@@ -46,7 +46,7 @@ class Launch:
 
 def objects(csrc: Path = emulated.ROOT / "csrc") -> list[Path]:
     """What nvcc makes of csrc/cuda/*.cu."""
-    return list(nvcc.each(nvcc.host, csrc).values())
+    return list(nvcc.each(nvcc.host, nvcc.sources(csrc)).values())
 
 
 def build(cache: Path = emulated.ROOT / "build" / "emulated") -> Path:

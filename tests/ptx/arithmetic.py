@@ -3,6 +3,8 @@
 ``DECODERS[opcode](kernel, instruction)`` returns what then runs for a warp: ``action(warp, lanes)``.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from ptx.errors import PtxError
 from ptx.operands import elements, reader, register_raw, writer
@@ -179,8 +181,8 @@ def _logic(kernel, instruction):
                 result |= (a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c)
         return result
 
-    trimmed = instruction.__class__(**{**vars(instruction), "operands": instruction.operands[:4]})
-    return applying(kernel, trimmed, ["b32"] * 3, logic)
+    without_table = replace(instruction, operands=instruction.operands[:4])
+    return applying(kernel, without_table, ["b32"] * 3, logic)
 
 
 @decodes("bfe")

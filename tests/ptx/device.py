@@ -97,9 +97,11 @@ def short_name(symbol: str) -> str:
 
 
 @functools.cache
-def device(csrc: Path = nvcc.ROOT / "csrc") -> Device:
-    """Of the kernels in csrc/cuda."""
-    objects = nvcc.each(nvcc.host, csrc)
+def device(csrc: Path = nvcc.ROOT / "csrc", only: str = "") -> Device:
+    """Of the kernels in csrc/cuda; of ``only`` one operator's file, if given, and the project's own for the rest."""
+    ours = nvcc.ROOT / "csrc/cuda"
+    sources = [path if only in ("", path.stem) else ours / path.name for path in nvcc.sources(csrc)]
+    objects = nvcc.each(nvcc.host, sources)
     path = _link(csrc, list(objects.values()))
     specification = importlib.util.spec_from_file_location("_emulated", path)
     module = importlib.util.module_from_spec(specification)
