@@ -2,12 +2,18 @@
 # them, OFF leaves them out. No torch is needed for them, no GPU and no driver.
 #
 # AUTO builds for the GPUs of this machine, and where there is none PTX alone, which a driver compiles at first use: an
-# install stays quick. ON builds for all that the kernels were written for. LLMBUILDER_CUDA_ARCHITECTURES=80;90 chooses.
-# PTX for compute capability 8.0 is always there, so that every later GPU has something to run.
+# install stays quick. ON builds for all that the kernels were written for. LLMBUILDER_CUDA_ARCHITECTURES=80,90 chooses.
+# PTX for compute capability 8.0 is always there, so that every later GPU has something to run. Both settings are read
+# from the environment too, so that `LLMBUILDER_CUDA=ON pip install .` does what it says.
 #
 # Sets CUDA_KERNELS to whether they are built, and CUDA_WHY_NOT to the reason why not, which `llmbuilder doctor` tells.
 set(LLMBUILDER_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
-set(LLMBUILDER_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities to build for, as 80;90; empty: see cmake/cuda.cmake")
+set(LLMBUILDER_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities to build for, as 80,90; empty: see cmake/cuda.cmake")
+foreach(SETTING LLMBUILDER_CUDA LLMBUILDER_CUDA_ARCHITECTURES)
+  if(DEFINED ENV{${SETTING}})
+    set(${SETTING} "$ENV{${SETTING}}" CACHE STRING "" FORCE)
+  endif()
+endforeach()
 set_property(CACHE LLMBUILDER_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(WRITTEN_FOR 80 86 89 90 100 120)
 
@@ -70,7 +76,7 @@ else()
 endif()
 
 if(CUDA_KERNELS)
-  set(WANTED "${LLMBUILDER_CUDA_ARCHITECTURES}")
+  string(REPLACE "," ";" WANTED "${LLMBUILDER_CUDA_ARCHITECTURES}")
   if(NOT WANTED AND LLMBUILDER_CUDA STREQUAL "ON")
     set(WANTED ${WRITTEN_FOR})
   elseif(NOT WANTED)

@@ -24,12 +24,15 @@ endfunction()
 function(find_package)
 endfunction()
 include({ROOT}/cmake/cuda.cmake)
-message(STATUS "kernels: ${{CUDA_KERNELS}} for '${{CMAKE_CUDA_ARCHITECTURES}}' because '${{CUDA_WHY_NOT}}'")
+message(STATUS "kernels: ${{CUDA_KERNELS}} for '${{CODE}}' because '${{CUDA_WHY_NOT}}'")
 """
 
 
 @pytest.fixture
-def configure(tmp_path):
+def configure(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLMBUILDER_CUDA", raising=False)
+    monkeypatch.delenv("LLMBUILDER_CUDA_ARCHITECTURES", raising=False)
+
     def run(nvcc, gpus="", **options):
         """Exit status and output with an nvcc and an nvidia-smi that are these lines of shell."""
         (tmp_path / "CMakeLists.txt").write_text(PROJECT)
@@ -66,21 +69,28 @@ def test_told_to_leave_them_out_it_asks_no_nvcc(configure):
     assert "because 'this build was told LLMBUILDER_CUDA=OFF'" in out
 
 
+def test_the_environment_is_heard(configure, monkeypatch):
+    monkeypatch.setenv("LLMBUILDER_CUDA", "ON")
+    monkeypatch.setenv("LLMBUILDER_CUDA_ARCHITECTURES", "80,90")
+    assert configure(UNFIT)[0] != 0
+    assert "kernels: TRUE for 'compute_80,sm_80,sm_90'" in configure("exit 0")[1]
+
+
 def test_without_a_gpu_it_builds_ptx_alone(configure):
-    assert "kernels: TRUE for '80-virtual'" in configure("exit 0")[1]
+    assert "kernels: TRUE for 'compute_80'" in configure("exit 0")[1]
 
 
 def test_it_builds_for_the_gpus_that_are_there_and_can_run_the_kernels(configure):
-    assert "kernels: TRUE for '80-virtual;90-real;120-real'" in configure("exit 0", gpus="9.0\\n12.0\\n9.0\\n7.5\\n")[1]
+    assert "kernels: TRUE for 'compute_80,sm_90,sm_120'" in configure("exit 0", gpus="9.0\\n12.0\\n9.0\\n7.5\\n")[1]
 
 
 def test_an_nvcc_that_does_not_know_a_gpu_leaves_its_code_to_the_driver(configure):
     nvcc = 'case "$*" in *sm_100*|*sm_120*) exit 1;; esac'
     status, out = configure(nvcc, LLMBUILDER_CUDA="ON")
     assert status == 0
-    assert "kernels: TRUE for '80-virtual;80-real;86-real;89-real;90-real'" in out
+    assert "kernels: TRUE for 'compute_80,sm_80,sm_86,sm_89,sm_90'" in out
     assert "makes no code for 100, which will run the PTX" in out
 
 
 def test_the_gpus_can_be_chosen(configure):
-    assert "for '80-virtual;86-real'" in configure("exit 0", gpus="9.0\\n", LLMBUILDER_CUDA_ARCHITECTURES="86")[1]
+    assert "for 'compute_80,sm_86'" in configure("exit 0", gpus="9.0\\n", LLMBUILDER_CUDA_ARCHITECTURES="86")[1]

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class Measured(NamedTuple):
-    """`lora_fused` was faster on this GPU for this layer from so many rows of x on."""
+    """`lora_fused` was faster on this GPU from so many rows of x on, for the product of x [rows, K] by a W [N, K].
+
+    `lora_fused_grad` is such a product with N and K exchanged, and has a row of its own.
+    """
 
     device: str  # as torch.cuda.get_device_name() has it
     dtype: torch.dtype
