@@ -7,7 +7,6 @@
 from prepare import base_model, text
 
 from llmbuilder.finetune import FineTuner, FineTuningConfig
-from llmbuilder.models import generate
 
 config = FineTuningConfig(
     code_specific_loss=True,
@@ -19,9 +18,11 @@ config = FineTuningConfig(
     output_dir="runs/examples/code",
 )
 model = base_model()
-results = FineTuner(model, text("code"), text("code-unseen"), config, overwrite=True).train()
-gap = "<fim_prefix>def count_and_price(count, price):\n    total = <fim_suffix>\n    return [total<fim_middle>"
-prompt = model.tokenizer(gap)["input_ids"]
-(filled,) = generate(model, [prompt], 24, stop_ids=[model.tokenizer.eos_token_id])
+tuner = FineTuner(model, text("code"), text("code-unseen"), config, overwrite=True)
+results = tuner.train()
+examples = [tuner.run.sources["train"][index] for index in range(len(tuner.run.sources["train"]))]
+first = model.tokenizer.convert_tokens_to_ids("<fim_prefix>")
+gaps = [example for example in examples if example["input_ids"][0] == first]
+weights = sorted({round(weight, 2) for example in examples for weight in example["weights"]})
 print(f"perplexity of code {results.base_perplexity:.2f} before, {results.final_perplexity:.2f} after; ", end="")
-print(f"it fills the gap of `total = …` with `{model.tokenizer.decode(filled)}`")
+print(f"{len(gaps)} of {len(examples)} examples had a gap to fill; targets weighed {weights}, layout least")

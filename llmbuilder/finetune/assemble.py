@@ -38,7 +38,7 @@ def make_methods(config: FineTuningConfig, past: Past | None = None, base_val: b
     lora = config.lora()
     methods: list[Any] = []
     if needs_general(config, past or Past(), base_val):
-        methods.append(General(config.general_tokens, config.domain))
+        methods.append(General(config.general_tokens, config.max_seq_length, config.domain))
     make_adapted = LoRA if config.shared_encoder else TaskAdapters
     adapted = None if lora is None else make_adapted(lora)
     if config.special_tokens:

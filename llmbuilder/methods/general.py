@@ -34,13 +34,15 @@ class General:
 
     Args:
         tokens: most tokens to make.
+        length: of the longest text, in tokens.
         label: begins the name of the file that the text is kept in.
     """
 
     name = "general"
 
-    def __init__(self, tokens: int = 16384, label: str | None = None) -> None:
+    def __init__(self, tokens: int = 16384, length: int = LENGTH, label: str | None = None) -> None:
         self.tokens = tokens
+        self.length = min(length, LENGTH)
         self.label = label or "general"
         self._texts: Texts | None = None
         """What a base model made, in this run or an earlier one."""
@@ -79,14 +81,14 @@ class General:
             tensors = load_file(path)
             return Texts(tensors["ids"], tensors["bounds"])
         except (OSError, SafetensorError, KeyError):  # not there, or damaged: make it (again)
-            texts = make_texts(run.model, self.tokens, run.seed)
+            texts = make_texts(run.model, self.tokens, self.length, run.seed)
         with replacing(path) as temporary:
             save_file({"ids": texts.ids, "bounds": texts.bounds}, temporary)
         return texts
 
     def _key(self, run: Run) -> str:
         """What the text depends on: every bit of the model, the seed, and how much is made."""
-        key = hashlib.sha256(f"{run.seed} {self.tokens} {LENGTH} {ROWS} {TEMPERATURE}".encode())
+        key = hashlib.sha256(f"{run.seed} {self.tokens} {self.length} {ROWS} {TEMPERATURE}".encode())
         for name, tensor in run.model.state_dict().items():
             key.update(f"{name} {tensor.dtype}".encode())
             key.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -110,12 +112,13 @@ class Texts(Sequence[Example]):
         return {"input_ids": ids, "labels": list(ids)}
 
 
-def make_texts(model: nn.Module, tokens: int, seed: int) -> Texts:
-    """At most ``tokens`` tokens of text in the model's own words; the same for the same model, seed and threads.
+def make_texts(model: nn.Module, tokens: int, length: int, seed: int) -> Texts:
+    """At most ``tokens`` tokens of text in the model's own words, ``length`` in each text at most; the same for equal
+    models, seeds and numbers of threads.
 
     Warns, once it knows, how long that takes. Raises LLMBuilderError for a model that makes no text.
     """
-    length = min(LENGTH, context_length(model) or LENGTH, tokens)
+    length = min(length, context_length(model) or length, tokens)
     rows = min(ROWS, -(-tokens // length))
     texts: list[list[int]] = []
     made, started = 0, time.perf_counter()

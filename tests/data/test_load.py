@@ -6,9 +6,9 @@ import datasets
 import pytest
 import torch
 
-import llmbuilder.data
-from llmbuilder.data import ChatDataset, TaskDataset, TextDataset, TokenDataset, load_dataset
+from llmbuilder.data import ChatDataset, MultiTaskDataset, TaskDataset, TextDataset, TokenDataset, load_dataset
 from llmbuilder.errors import LLMBuilderError
+from llmbuilder.finetune import FineTuningConfig
 
 QA = {"question": "q", "answer": "a"}
 ALPACA = {"instruction": "i", "output": "o"}
@@ -76,14 +76,31 @@ def test_a_torch_dataset_of_tokenised_examples(tokenizer, config):
     assert dataset.generation_pairs(3)[2] == ([2, 3], tokenizer.decode([4, 5]))
 
 
-def test_a_later_dataset_is_not_there_yet():
-    with pytest.raises(AttributeError, match="not there yet"):
-        llmbuilder.data.MultiTaskDataset  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
-        llmbuilder.data.Nonsense  # noqa: B018
-
-
 def test_unknown_columns_are_named(config, tokenizer):
     dataset = load_dataset([{"label": 1, "body": "x"}], config())
     with pytest.raises(LLMBuilderError, match="it has 'label' and 'body'"):
         dataset.bind(tokenizer, config())
+
+
+def test_a_yaml_file_lists_several_tasks(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    listed = tmp_path / "tasks.yaml"
+    listed.write_text("- {name: text, data: a.txt, share: 0.75}\n- {name: qa, data: b.jsonl, share: 0.25}\n")
+    data = load_dataset(listed, FineTuningConfig())
+    assert isinstance(data, MultiTaskDataset)
+    assert {name: type(part).__name__ for name, part in data.tasks.items()} == {
+        "text": "TextDataset",
+        "qa": "TaskDataset",
+    }
+    assert {name: float(share) for name, share in data.shares.items()} == {"text": 0.75, "qa": 0.25}
+
+
+@pytest.mark.parametrize("content", ["- {name: a}", "text", "- {name: a, data: a.txt, share: much}", "a: [1"])
+def test_a_yaml_file_that_lists_no_tasks_is_named(content, tmp_path):
+    listed = tmp_path / "tasks.yaml"
+    listed.write_text(content)
+    with pytest.raises(LLMBuilderError, match=r"tasks.yaml: should be a list of \{name"):
+        load_dataset(listed, FineTuningConfig())
+    with pytest.raises(LLMBuilderError, match=r"nothing.yaml: cannot be read"):
+        load_dataset(tmp_path / "nothing.yaml", FineTuningConfig())

@@ -79,6 +79,12 @@ def test_it_is_made_once_for_a_model_and_a_seed_and_draws_from_nobodys_generator
     assert rows(different) != rows(first)
 
 
+def test_no_text_is_longer_than_an_example_may_be() -> None:
+    with pytest.warns(UserWarning, match="sampled"):
+        _, run = prepared(make_model(), length=9)
+    assert max(map(len, rows(run))) == 9 and sum(map(len, rows(run))) > 480
+
+
 def test_a_damaged_file_is_made_again(cache: Path) -> None:
     with pytest.warns(UserWarning, match="sampled"):
         _, first = prepared(make_model())
