@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ConfigError, LLMBuilderError
 from ..models import load_model
 from ..models.vocabulary import grow_vocabulary
-from ..nn import list_adapters, load_adapter
+from ..nn import list_adapters, load_adapter, load_heads
 from .checkpoint import Checkpoint, find_fault, join_states, load_checkpoint, split_states, write_checkpoint
 
 
@@ -52,12 +52,14 @@ def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
         LLMBuilderError: the folder holds no finished run.
     """
     past = Past.load(folder / "past")
+    adapters = [path for path in [folder / "adapter", *sorted((folder / "adapters").glob("*"))] if path.is_dir()]
     kind = "adapter" if use_lora else "model"
-    if not (folder / kind).is_dir():
+    if not (adapters if use_lora else (folder / kind).is_dir()):
         raise ConfigError(f"continue_from {folder}: it holds no {kind}/: give use_lora={not use_lora} as that run did")
     if use_lora:
-        if not list_adapters(model):
-            load_adapter(model, folder / kind)
+        for path in adapters if not list_adapters(model) else []:
+            load_adapter(model, path, "default" if path.name == "adapter" else path.name)
+        _load_heads(model, folder)
         return past
     try:
         trained: Any = load_model(folder / kind)
@@ -65,4 +67,10 @@ def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
         model.load_state_dict(trained.state_dict())
     except RuntimeError:
         raise ConfigError(f"continue_from {folder}: made with another model; load it from {folder / kind}") from None
+    _load_heads(model, folder)
     return past
+
+
+def _load_heads(model: nn.Module, folder: Path) -> None:
+    if (folder / "heads").is_dir():
+        load_heads(model, folder / "heads")

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ..data import MultiTaskDataset
 from ..errors import ConfigError, nearest
-from ..nn import LanguageHead, LoRAConfig, add_lora, save_adapter
-from ..nn.tasks import add_heads, save_heads, use_head
+from ..nn import LanguageHead, LoRAConfig, add_lora, list_adapters, save_adapter
+from ..nn.tasks import add_heads, find_heads, save_heads, use_head
 from ..nn.tree import shares_of, state_of, wrappers
 from .base import Batch, Key, Run
 
 
 class TaskAdapters:
-    """One adapter for each task, named as the task, and nothing else trains.
+    """One adapter for each task, named as the task, and nothing else trains; a run that goes on trains those there are.
 
     Args:
         config: rank, alpha, dropout, target modules and what else each adapter has.
@@ -29,8 +29,10 @@ class TaskAdapters:
         self.config = config
 
     def prepare(self, run: Run) -> None:
+        there = list_adapters(run.model)
         for task in tasks_of(run).tasks:
-            add_lora(run.model, self.config, task)
+            if task not in there:
+                add_lora(run.model, self.config, task)
         for wrapper in wrappers(run.model):
             shares_of(wrapper).requires_grad_(True)
 
@@ -65,7 +67,12 @@ class MultiTask:
         for name in self.weights:
             self._check(name, "task_weights")
         if self.heads:
-            add_heads(run.model, list(self._tasks.tasks))
+            there, wanted = find_heads(run.model), list(self._tasks.tasks)
+            if there is not None and there.tasks != wanted:
+                raise ConfigError(
+                    f"the model has heads for {there.tasks}, and the data are of {wanted}: name the same tasks"
+                )
+            (there or add_heads(run.model, wanted)).heads.requires_grad_(True)
         self._head = LanguageHead(run.model)
 
     def split(self, batch: Batch) -> Iterator[Batch]:

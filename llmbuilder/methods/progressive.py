@@ -54,6 +54,11 @@ class Progressive:
         for weight in self._everything:
             weight.requires_grad_(self._trains(weight, epoch))
 
+    def after_task(self, run: Run) -> None:
+        """Methods that look back on the task do so by all weights."""
+        for weight in self._everything:
+            weight.requires_grad_(True)
+
     def _trains(self, weight: nn.Parameter, epoch: int) -> bool:
         count = [count for start, count in self.schedule if start <= epoch][-1]
         if count == ALL:
