@@ -3,8 +3,7 @@
 // on the CPU and checks it. Either way a kernel has
 //
 //     __global__, __launch_bounds__, threadIdx, blockIdx, blockDim, gridDim, dim3, uint3, __syncthreads(),
-//     __syncwarp(mask),
-//     __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __shfl_up_sync (mask, value of 4 or 8 bytes, lane or distance)
+//     __syncwarp(mask), __shfl_sync, __shfl_xor_sync, __shfl_down_sync (mask, value of 4 or 8 bytes, lane or distance)
 //
 // and what is below; nothing else of CUDA's. A .cu never reads or writes global memory but by load, store, load_16,
 // store_16 and cp_async16, because there the emulator checks bounds and alignment and counts the traffic.
@@ -106,11 +105,7 @@ DEVICE uint32_t round_to_tf32(uint32_t bits) {
   return result;
 }
 
-/// The upper half of a * b.
-DEVICE uint32_t mulhi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
-
-// ---------------------------------------------------------------------------------------------------------------
-// memory
+// -------------------------------------------------------------------------------------------------------------- memory
 
 /// *p and *p = value for a type of 1, 2, 4, 8 or 16 bytes, aligned to its size. Global or shared memory.
 template <class T>
@@ -195,7 +190,6 @@ using gpusim::device::load_16;
 using gpusim::device::mma_m16n8k16_bf16;
 using gpusim::device::mma_m16n8k16_f16;
 using gpusim::device::mma_m16n8k8_tf32;
-using gpusim::device::mulhi;
 using gpusim::device::pack;
 using gpusim::device::round_to_tf32;
 using gpusim::device::store;

@@ -13,9 +13,9 @@ namespace llmbuilder::gpu {
 constexpr int64_t MAX_GRID_YZ = 65535, MAX_GRID_X = 0x7fffffff;
 constexpr size_t SHARED_WITHOUT_OPT_IN = 48 << 10;
 
-inline Status failed(const char* kernel, const char* step, cudaError_t error) {
+inline Status failed(const std::string& kernel, const char* step, cudaError_t error) {
   cudaGetLastError();  // the error is reported here; a later check of somebody else should not find it again
-  return Status::failed(std::string(kernel) + ": " + step + ": " + cudaGetErrorString(error));
+  return Status::failed(kernel + ": " + step + ": " + cudaGetErrorString(error));
 }
 
 /// Makes a device current for as long as it lives.
@@ -42,7 +42,7 @@ class DeviceGuard {
 
 /// Lets a kernel have more than 48 KB of shared memory on the current device. Asked once, by a call that isn't
 /// captured.
-inline Status opt_in(const char* name, const void* kernel, int shared, const Launch& launch) {
+inline Status opt_in(const std::string& name, const void* kernel, int shared, const Launch& launch) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -50,7 +50,7 @@ inline Status opt_in(const char* name, const void* kernel, int shared, const Lau
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (auto error = cudaStreamIsCapturing(cudaStream_t(launch.stream), &capture)) return failed(name, "stream", error);
   if (capture != cudaStreamCaptureStatusNone)
-    return Status::refused(std::string(name) + ": call it once before capturing, so that it is loaded and set up");
+    return Status::refused(name + ": call it once before capturing, so that it is loaded and set up");
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return failed(name, "shared memory", error);
   done.insert({kernel, launch.device});
@@ -72,18 +72,25 @@ struct Same {
 
 /// LAUNCH((kernel<T, true>), grid, block, shared, launch, arguments...): a kernel on launch.stream with `shared` bytes
 /// of dynamic shared memory, always the same number for one kernel if above 48 KB. A grid is never empty.
-#define LAUNCH(kernel, ...) ::llmbuilder::gpu::launch_kernel(#kernel, kernel, __VA_ARGS__)
+#define LAUNCH(kernel, ...) \
+  ::llmbuilder::gpu::launch_kernel(::llmbuilder::gpu::kernel_name(#kernel), kernel, __VA_ARGS__)
+
+/// "kernel" of "(kernel<T, true>)".
+inline std::string kernel_name(const std::string& expression) {
+  const size_t begin = expression.find_first_not_of('(');
+  return expression.substr(begin, expression.find_first_of("<)", begin) - begin);
+}
 
 template <class... Parameters>
-Status launch_kernel(const char* name, void (*kernel)(Parameters...), Blocks grid, dim3 block, size_t shared,
+Status launch_kernel(const std::string& name, void (*kernel)(Parameters...), Blocks grid, dim3 block, size_t shared,
                      const Launch& launch, typename Same<Parameters>::type... arguments) {
   if (grid.x > MAX_GRID_X || grid.y > MAX_GRID_YZ || grid.z > MAX_GRID_YZ)
-    return Status::refused(std::string(name) + ": too large for one launch, " + std::to_string(grid.x) + " x " +
+    return Status::refused(name + ": too large for one launch, " + std::to_string(grid.x) + " x " +
                            std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks");
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return failed(name, "device", guard.error());
 #ifdef LLMBUILDER_EMULATED
-  gpusim::name_kernel(name);
+  gpusim::name_kernel(name.c_str());
 #endif
   if (shared > SHARED_WITHOUT_OPT_IN)
     if (Status status = opt_in(name, (const void*)kernel, int(shared), launch); !status) return status;

@@ -102,7 +102,7 @@ def test_through_the_public_operator_with_gradients(cuda, monkeypatch, dtype):
 
     with cuda.recording() as launches:
         found = results()
-    assert [launch.kernel for launch in launches] == ["cross_entropy_kernel<T>"]
+    assert [launch.kernel for launch in launches] == ["cross_entropy_kernel"]
     monkeypatch.setenv("LLMBUILDER_BACKEND", "reference")
     for a, b in zip(found, results(), strict=True):
         torch.testing.assert_close(a, b)

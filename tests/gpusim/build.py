@@ -8,6 +8,7 @@ toolkit is needed: g++ on x86-64, Python's headers and pybind11.
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -17,19 +18,13 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RUNTIME = [HERE / name for name in ("block.cpp", "fiber.cpp", "memory.cpp", "numbers.cpp", "warp.cpp")]
-COMMON = [
-    "-std=c++17",
-    "-g1",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-march=native",
-    "-ffp-contract=off",
-    "-DLLMBUILDER_EMULATED",
-]
+COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-march=native", "-ffp-contract=off"]
+COMMON += ["-DLLMBUILDER_EMULATED"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function"]
 # The runtime itself is never instrumented: it tells the sanitizers what it does.
 VARIANTS = {
@@ -80,6 +75,15 @@ def link(sources: Iterable[Path], objects: Iterable[Path], cache: Path) -> Path:
     return _link([*compiled, *objects], [], cache)
 
 
+def load(path: Path) -> ModuleType:
+    """The Python module in a library, by a name of its own: pybind11 knows modules by their names alone."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}._emulated", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _compile(source: Path, flags: list[str], csrc: Path, cache: Path) -> Path:
     include = [HERE, csrc, csrc / "include"]
     texts = [text for _, text in sorted(_with_includes(source, include).items())]
@@ -103,9 +107,8 @@ def _link(objects: list[Path], flags: list[str], cache: Path) -> Path:
 
 def _missing_launchers(objects: list[Path]) -> list[str]:
     names: dict[str, set[str]] = {"U": set(), "T": set()}
-    for line in subprocess.run(
-        ["nm", *map(str, objects)], capture_output=True, text=True, check=True
-    ).stdout.splitlines():
+    listed = subprocess.run(["nm", *map(str, objects)], capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
         match = re.search(r"\b([UT]) (_ZN10llmbuilder3gpu\w+)", line)
         if match:
             names[match[1]].add(match[2])

@@ -5,19 +5,17 @@ sanitizer's runtime preloaded, which ends the process where it sees something.
 """
 
 import ctypes
-import importlib.util
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpusim.build import load
 from gpusim.calls import Memory, calls
 
 
 def main() -> None:
     path, seeds = sys.argv[1], [int(seed) for seed in sys.argv[2:]]
-    spec = importlib.util.spec_from_file_location("_emulated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(Path(path))
     library = ctypes.CDLL(path)
     library.gpusim_register.argtypes = [ctypes.c_char_p, *[ctypes.c_uint64] * 4]
     results = []

@@ -138,11 +138,6 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned distance) {
   const int lane = gpusim::self->lane, source = lane + int(distance);
   return gpusim::shuffle(mask, value, source < 32 ? source : lane);
 }
-template <class T>
-T __shfl_up_sync(uint32_t mask, T value, unsigned distance) {
-  const int lane = gpusim::self->lane, source = lane - int(distance);
-  return gpusim::shuffle(mask, value, source >= 0 ? source : lane);
-}
 
 // ---------------------------------------------------------------------------------------------- the names of device.h
 
@@ -184,8 +179,6 @@ inline uint32_t round_to_tf32(uint32_t bits) {
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return (finite ? bits + 0x1000u : bits) & ~0x1fffu;
 }
-
-inline uint32_t mulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 template <class T>
 T load(const T* p) {

@@ -9,7 +9,6 @@ While it serves, a kernel may touch the memory of those tensors alone whose addr
 """
 
 import ctypes
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from gpusim.build import load
 from torch import Tensor
 
 _address = Tensor.data_ptr  # the true one, also while an emulator serves
@@ -75,18 +75,10 @@ class Emulator:
 
     def module(self) -> ModuleType:
         """What stands for ``_C.cuda``: the bindings, after each call of which registered buffers are forgotten."""
-        spec = importlib.util.spec_from_file_location("_emulated", self._path)
-        assert spec and spec.loader
-        bindings = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(bindings)
-        module = ModuleType("_emulated")
+        bindings, module = load(self._path), ModuleType("_emulated")
         for name, value in vars(bindings).items():
-            launches = (
-                callable(value)
-                and not isinstance(value, type)
-                and not name.endswith(("_workspace", "_bytes", "_table"))
-            )
-            setattr(module, name, self._forgetting(value) if launches else value)
+            of_the_host = isinstance(value, type) or name.endswith(("_workspace", "_bytes", "_table"))
+            setattr(module, name, self._forgetting(value) if callable(value) and not of_the_host else value)
         return module
 
     def _forgetting(self, launcher: Callable) -> Callable:
@@ -100,7 +92,7 @@ class Emulator:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """The kernels are the backend `cuda`, for tensors on the CPU."""
+        """The kernels are the backend `cuda`, for tensors on the CPU; what they are given to fill is full of NaN."""
         from llmbuilder.ops import _backend
 
         def registering(tensor: Tensor) -> int:
@@ -110,6 +102,8 @@ class Emulator:
         with ExitStack() as stack:
             stack.enter_context(_backend.emulated(self.module()))
             stack.enter_context(mock.patch.object(Tensor, "data_ptr", registering))
+            for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+                stack.enter_context(mock.patch.object(owner, name, _poisoning(getattr(owner, name))))
             stack.callback(self.forget)
             yield
 
@@ -123,9 +117,8 @@ class Emulator:
             rows, row_bytes, stride = tensor.shape[0], tensor.shape[1] * size, tensor.stride(0) * size
         else:
             rows = 1
-            row_bytes = stride = (
-                1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            ) * size
+            last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            row_bytes = stride = (last + 1) * size
         name = name or self._names.get(address) or f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
         self._library.gpusim_register(name.encode(), *map(ctypes.c_uint64, (address, rows, row_bytes, stride)))
 
@@ -175,6 +168,16 @@ class Emulator:
             traffic[name] = Traffic(*of_buffer)
         kernel = self._library.gpusim_kernel(index).decode()
         return Launch(kernel, tuple(numbers[:3]), tuple(numbers[3:6]), *numbers[6:], traffic)
+
+
+def _poisoning(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        tensor = empty(*arguments, **options)
+        if type(tensor) is Tensor and tensor.device.type == "cpu":
+            tensor.untyped_storage().fill_(0xFF)
+        return tensor
+
+    return call
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

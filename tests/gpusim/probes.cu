@@ -277,7 +277,6 @@ __global__ void shuffles(const double* in, double* out) {
   store(out + threadIdx.x, __shfl_sync(~0u, value, 5));
   store(out + 32 + threadIdx.x, __shfl_xor_sync(~0u, value, 3));
   store(out + 64 + threadIdx.x, __shfl_down_sync(~0u, value, 4));
-  store(out + 96 + threadIdx.x, __shfl_up_sync(~0u, value, 4));
 }
 
 template <class T>

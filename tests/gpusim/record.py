@@ -7,7 +7,6 @@ they put where, and that they call nothing that allocates, copies or waits. No k
 """
 
 import ctypes
-import importlib.util
 import re
 import subprocess
 from contextlib import AbstractContextManager
@@ -64,10 +63,7 @@ class Recorder:
     """A library that ``build`` made."""
 
     def __init__(self, path: Path):
-        spec = importlib.util.spec_from_file_location("_emulated", path)
-        assert spec and spec.loader
-        self.module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.module)
+        self.module = emulated.load(path)
         self._library = ctypes.CDLL(str(path))
         self._library.recorder_events.restype = ctypes.c_char_p
 

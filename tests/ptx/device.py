@@ -12,7 +12,6 @@ in the context, and nothing else.
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 from codegen import nvcc
 from codegen.sass import demangled
+from gpusim.build import load
 from ptx.parse import Module
 from ptx.session import Run
 
@@ -103,10 +103,7 @@ def device(csrc: Path = nvcc.ROOT / "csrc", only: str = "") -> Device:
     sources = [path if only in ("", path.stem) else ours / path.name for path in nvcc.sources(csrc)]
     objects = nvcc.each(nvcc.host, sources)
     path = _link(csrc, list(objects.values()))
-    specification = importlib.util.spec_from_file_location("_emulated", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return Device(module, ctypes.CDLL(str(path)), [nvcc.ptx(source) for source in objects])
+    return Device(load(path), ctypes.CDLL(str(path)), [nvcc.ptx(source) for source in objects])
 
 
 def _link(csrc: Path, objects: list[Path]) -> Path:

@@ -48,7 +48,7 @@ def ours(emulator: Emulator, rank: int, fused: bool = False, threshold: int = 65
     kernels: dict[str, float] = {}
     small = 0
     for launch in launches:
-        name = launch.kernel.split("<")[0].strip("(")
+        name = launch.kernel
         for buffer, traffic in launch.traffic.items():
             moved = traffic.unique_read + traffic.unique_written
             if f"[{M}, {N}]" in buffer:
