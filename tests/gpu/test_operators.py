@@ -26,12 +26,14 @@ def test_dropout_has_the_references_bits(backend, dtype, shape):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_every_operator_is_right_by_the_doctors_rule(backend, dtype):
     wrong = {row.operator: doctor._wrong(row.operator, "cuda", dtype) for row in _backend.explain("cuda", dtype)}
-    assert len(wrong) == 9
+    assert wrong.keys() == {name for name, row in _backend.OPERATORS.items() if backend in row}
     assert not any(wrong.values()), wrong
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("M, K, N, r", [(300, 512, 384, 16), (77, 63, 45, 5), (128, 256, 256, 100), (64, 1024, 64, 256)])
+@pytest.mark.parametrize(
+    "M, K, N, r", [(300, 512, 384, 16), (77, 63, 45, 5), (128, 256, 256, 100), (64, 1024, 64, 200)]
+)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_lora_layer_errs_no_more_than_torchs(backend, check_error, dtype, M, K, N, r, p):
     ways = [[], [], []]
