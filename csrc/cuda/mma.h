@@ -203,15 +203,22 @@ DEVICE Eight<typename Math::Element> operand(Eight<typename Math::Element> eight
 }
 
 /// d[16, 8] += A[16, 32] B[32, 8], where this lane owns Eights of A's rows g (`upper`) and g + 8 (`lower`), and of B's
-/// column g; all as operand() made them.
+/// column g; all as operand() made them. In fp32 the 32 terms are summed by themselves first: one long chain of
+/// additions would lose digits.
 template <class Math>
 DEVICE void multiply(float (&d)[4], const Eight<typename Math::Element>& upper,
                      const Eight<typename Math::Element>& lower, const Eight<typename Math::Element>& column) {
+  float part[4] = {};
+  float (&sums)[4] = Math::FMA ? part : d;
 #pragma unroll
   for (int i = 0; i < Eight<typename Math::Element>::WORDS; i += 2) {
     const uint32_t a[4] = {upper.word[i], lower.word[i], upper.word[i + 1], lower.word[i + 1]};
     const uint32_t b[2] = {column.word[i], column.word[i + 1]};
-    Math::mma(d, a, b);
+    Math::mma(sums, a, b);
+  }
+  if constexpr (Math::FMA) {
+#pragma unroll
+    for (int h = 0; h < 4; h++) d[h] += part[h];
   }
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out
+from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out, rounded_to_tf32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +33,6 @@ def formula(S, B, bias, scaling, y):
 def inputs(M, N, r, dtype):
     """S, B and a bias: values of order one in and out."""
     return torch.randn(M, r).to(dtype), (torch.randn(N, r) / max(r, 1) ** 0.5).to(dtype), torch.randn(N).to(dtype)
-
-
-def rounded_to_tf32(x):
-    """Ten bits of mantissa, ties away from zero."""
-    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
 @settings(deadline=None, max_examples=60)

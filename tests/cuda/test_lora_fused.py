@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out
+from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out, rounded_to_tf32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,11 +41,6 @@ def fused_grad_into(dX, dY, W, dS, A, threshold=0, seed=SEED, stream=0, tf32=Fal
 
 def scaled(rows, columns, depth, dtype):
     return (torch.randn(rows, columns) / max(depth, 1) ** 0.5).to(dtype)
-
-
-def rounded_to_tf32(x):
-    """Ten bits of mantissa, ties away from zero."""
-    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
 def yardstick(exact, same, dtype, tf32):

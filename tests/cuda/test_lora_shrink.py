@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out
+from gpusim.matrices import LAYOUTS, far_apart, guarded, laid_out, rounded_to_tf32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,11 +81,6 @@ def torch_product(x, A, threshold, seed, stream, tf32=False):
     if tf32:
         x, A = rounded_to_tf32(x), rounded_to_tf32(A)
     return reference.lora_shrink(x, A, threshold, seed, stream)
-
-
-def rounded_to_tf32(x):
-    """Ten bits of mantissa, ties away from zero."""
-    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -39,6 +39,11 @@ def far_apart(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(rows, stride)[:, :columns].fill_(torch.nan)
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """fp32 with a mantissa of ten bits, ties away from zero: what tensor cores make of it."""
+    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
 def _memory(rows: int, columns: int, dtype: torch.dtype, layout: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     def flat(first: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         size = rows * columns
