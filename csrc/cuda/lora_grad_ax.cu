@@ -103,14 +103,23 @@ DEVICE void write_dX(const GradAX<T>& a, const Staged<T, Tile::ROWS, Tile::COLUM
   });
 }
 
+/// What a block keeps in shared memory: A, a tile of x or dX, and two of dS, one in use and one for the next rows.
+template <class T, class Tile>
+struct Memory {
+  using OfA = Staged<T, Tile::RANK, Tile::COLUMNS>;
+  using OfX = Staged<T, Tile::ROWS, Tile::COLUMNS>;
+  using OfS = Staged<T, Tile::ROWS, Tile::RANK>;
+  static constexpr size_t BYTES = OfA::BYTES + OfX::BYTES + 2 * OfS::BYTES;
+};
+
 template <class Math, class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 2) grad_ax_kernel(GradAX<typename Math::Element> a) {
   using T = typename Math::Element;
   DYN_SMEM(shared);
-  const Staged<T, Tile::RANK, Tile::COLUMNS> A{reinterpret_cast<T*>(shared)};
-  const Staged<T, Tile::ROWS, Tile::COLUMNS> x{A.end()};
-  using Skinny = Staged<T, Tile::ROWS, Tile::RANK>;
-  T* const dS = x.end();  // two tiles: one in use, one for the next rows
+  const typename Memory<T, Tile>::OfA A{reinterpret_cast<T*>(shared)};
+  const typename Memory<T, Tile>::OfX x{A.end()};
+  using OfS = typename Memory<T, Tile>::OfS;
+  T* const dS = x.end();
   const int warp = threadIdx.x / WARP, rank_warp = warp / Tile::COLUMN_WARPS, row_warp = warp / Tile::DX_COLUMN_WARPS;
   const int rank = rank_warp * 16 * Tile::RANK_TILES, part = warp % Tile::COLUMN_WARPS * 8 * Tile::COLUMN_TILES;
   const int dX_row = row_warp * 16 * Tile::DX_ROW_TILES,
@@ -123,17 +132,17 @@ __global__ void __launch_bounds__(Tile::THREADS, 2) grad_ax_kernel(GradAX<typena
   Share<T, Tile> share;
   share.load(a.x, begin, column);
   A.fill(a.A, 0, column);
-  Skinny{dS}.fill(a.dS, begin, 0);
+  OfS{dS}.fill(a.dS, begin, 0);
   cp_async_commit();
-  int odd = 0;
-  for (int64_t row = begin; row < end; row += Tile::ROWS, odd ^= 1) {
-    const Skinny dS_now{dS + odd * Skinny::SIZE};
+  int now = 0;
+  for (int64_t row = begin; row < end; row += Tile::ROWS, now ^= 1) {
+    const OfS dS_now{dS + now * OfS::SIZE};
     share.drop(mask, row, column);
     share.each([&](int e, int r, int c) { share.x[e].store(x.place(r, c), 8, true); });
     cp_async_wait<0>();
     __syncthreads();  // the tile is complete, and nobody reads the one before
     if (row + Tile::ROWS < end) {
-      Skinny{dS + (odd ^ 1) * Skinny::SIZE}.fill(a.dS, row + Tile::ROWS, 0);
+      OfS{dS + (now ^ 1) * OfS::SIZE}.fill(a.dS, row + Tile::ROWS, 0);
       cp_async_commit();
       share.load(a.x, row + Tile::ROWS, column);
     }
@@ -142,10 +151,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 2) grad_ax_kernel(GradAX<typena
       float dX[Tile::DX_ROW_TILES][Tile::DX_COLUMN_TILES][4] = {};
       multiply_tiles<Math, false, Tile::RANK>(dX, dS_now.from(dX_row, 0), A.from(0, dX_column));
       __syncthreads();  // x is read: its place is free
-      each_pair(dX, [&](int r, int c, float left, float right) {
-        *x.place(dX_row + r, dX_column + c) = from_float<T>(a.scale * left);
-        *x.place(dX_row + r, dX_column + c + 1) = from_float<T>(a.scale * right);
-      });
+      put(x, dX_row, dX_column, dX, a.scale);
       __syncthreads();
       write_dX(a, x, share, row, column);
     } else {
@@ -172,12 +178,11 @@ struct Plan {
 template <class Math, class Tile>
 Status one_run(const Launch& launch, GradAX<typename Math::Element> a, float* dA) {
   using T = typename Math::Element;
-  constexpr size_t SHARED = Staged<T, Tile::RANK, Tile::COLUMNS>::BYTES + Staged<T, Tile::ROWS, Tile::COLUMNS>::BYTES +
-                            2 * Staged<T, Tile::ROWS, Tile::RANK>::BYTES;
   const Plan<Tile> plan(a.x.rows, a.x.columns);
   a.slab = plan.slabs.length;
   const Blocks grid(plan.across, plan.slabs.parts);
-  if (Status status = LAUNCH((grad_ax_kernel<Math, Tile>), grid, Tile::THREADS, SHARED, launch, a); !status)
+  if (Status status = LAUNCH((grad_ax_kernel<Math, Tile>), grid, Tile::THREADS, Memory<T, Tile>::BYTES, launch, a);
+      !status)
     return status;
   const PartialSums<float> sums{a.partials, plan.slabs.parts, a.A.rows, a.x.columns, a.scale, dA, a.x.columns};
   return LAUNCH(add_up_kernel<float>, add_up_grid(sums.size()), ADD_UP_THREADS, 0, launch, sums);

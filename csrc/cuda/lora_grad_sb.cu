@@ -52,15 +52,24 @@ struct GradSB {
   float* dB;  // [slabs, N, r]
 };
 
+/// What a block keeps in shared memory: B, and two tiles of dY and of S, one in use and one for the next rows.
+template <class T, class Tile>
+struct Memory {
+  using OfB = Staged<T, Tile::COLUMNS, Tile::RANK>;
+  using OfY = Staged<T, Tile::ROWS, Tile::COLUMNS>;
+  using OfS = Staged<T, Tile::ROWS, Tile::RANK>;
+  static constexpr size_t BYTES = OfB::BYTES + 2 * (OfY::BYTES + OfS::BYTES);
+};
+
 template <class Math, class Tile>
 __global__ void __launch_bounds__(Tile::THREADS) grad_sb_kernel(GradSB<typename Math::Element> a) {
   using T = typename Math::Element;
-  using Wide = Staged<T, Tile::ROWS, Tile::COLUMNS>;
-  using Skinny = Staged<T, Tile::ROWS, Tile::RANK>;
+  using OfY = typename Memory<T, Tile>::OfY;
+  using OfS = typename Memory<T, Tile>::OfS;
   constexpr int RANKS = Tile::RANK / 2, COLUMNS = Tile::COLUMNS / 4;  // a warp's, of dS and of dB
   DYN_SMEM(shared);
-  const Staged<T, Tile::COLUMNS, Tile::RANK> B{reinterpret_cast<T*>(shared)};
-  T *const dY = B.end(), *const S = dY + 2 * Wide::SIZE;  // two tiles of each: one in use, one for the next rows
+  const typename Memory<T, Tile>::OfB B{reinterpret_cast<T*>(shared)};
+  T *const dY = B.end(), *const S = dY + 2 * OfY::SIZE;
   const int warp = threadIdx.x / WARP, warp_row = warp % 2 * 16, warp_rank = warp / 2 * RANKS,
             warp_column = warp * COLUMNS;
   const int64_t column = int64_t(blockIdx.x) * Tile::COLUMNS, begin = blockIdx.y * a.slab, M = a.dY.rows,
@@ -68,8 +77,8 @@ __global__ void __launch_bounds__(Tile::THREADS) grad_sb_kernel(GradSB<typename 
   const int64_t end = begin + a.slab < M ? begin + a.slab : M;
 
   const auto fetch = [&](int64_t row, int buffer) {
-    Wide{dY + buffer * Wide::SIZE}.fill(a.dY, row, column);
-    Skinny{S + buffer * Skinny::SIZE}.fill(a.S, row, 0);
+    OfY{dY + buffer * OfY::SIZE}.fill(a.dY, row, column);
+    OfS{S + buffer * OfS::SIZE}.fill(a.S, row, 0);
     cp_async_commit();
   };
   float dB[COLUMNS / 16][Tile::RANK / 8][4] = {};
@@ -80,11 +89,11 @@ __global__ void __launch_bounds__(Tile::THREADS) grad_sb_kernel(GradSB<typename 
     cp_async_wait<0>();
     __syncthreads();  // the tile is complete, and nobody reads the one before
     if (row + Tile::ROWS < end) fetch(row + Tile::ROWS, now ^ 1);
-    const Wide tile{dY + now * Wide::SIZE};
+    const OfY tile{dY + now * OfY::SIZE};
     float dS[1][RANKS / 8][4] = {};
     multiply_tiles<Math, false, Tile::COLUMNS>(dS, tile.from(warp_row, 0), B.from(0, warp_rank));
     store_sums(dS, a.dS + (blockIdx.x * M + row + warp_row) * r + warp_rank, M - row - warp_row, r - warp_rank, r);
-    multiply_tiles<Math, true, Tile::ROWS>(dB, tile.from(0, warp_column), Skinny{S + now * Skinny::SIZE}.from(0, 0));
+    multiply_tiles<Math, true, Tile::ROWS>(dB, tile.from(0, warp_column), OfS{S + now * OfS::SIZE}.from(0, 0));
   }
   cp_async_wait<0>();  // of a slab without rows
   const int64_t first = column + warp_column;
@@ -99,21 +108,29 @@ struct GradSide {
   float* out;  // [slabs of k, i, j]
 };
 
+/// Two tiles of each, as above.
+template <class T, class Tile, bool DOWN>
+struct SideMemory {
+  using OfY = Staged<T, DOWN ? Tile::DEPTH : Tile::ACROSS, DOWN ? Tile::ACROSS : Tile::DEPTH>;
+  using OfRight = Staged<T, Tile::DEPTH, Tile::RANK>;
+  static constexpr size_t BYTES = 2 * (OfY::BYTES + OfRight::BYTES);
+};
+
 template <class Math, class Tile, bool DOWN>
 __global__ void __launch_bounds__(Tile::THREADS) grad_side_kernel(GradSide<typename Math::Element> a) {
   using T = typename Math::Element;
-  using Wide = Staged<T, DOWN ? Tile::DEPTH : Tile::ACROSS, DOWN ? Tile::ACROSS : Tile::DEPTH>;
-  using Skinny = Staged<T, Tile::DEPTH, Tile::RANK>;
+  using OfY = typename SideMemory<T, Tile, DOWN>::OfY;
+  using OfRight = typename SideMemory<T, Tile, DOWN>::OfRight;
   DYN_SMEM(shared);
-  T *const dY = reinterpret_cast<T*>(shared), *const right = dY + 2 * Wide::SIZE;  // two tiles of each, as above
+  T *const dY = reinterpret_cast<T*>(shared), *const right = dY + 2 * OfY::SIZE;
   const int warp = threadIdx.x / WARP, warp_rank = warp % Tile::RANK_WARPS * Tile::RANK_TILES * 8,
             warp_across = warp / Tile::RANK_WARPS * 32;
   const int64_t across = int64_t(blockIdx.x) * Tile::ACROSS, begin = blockIdx.y * a.slab, depth = a.right.rows;
   const int64_t end = begin + a.slab < depth ? begin + a.slab : depth;
 
   const auto fetch = [&](int64_t k, int buffer) {
-    Wide{dY + buffer * Wide::SIZE}.fill(a.dY, DOWN ? k : across, DOWN ? across : k);
-    Skinny{right + buffer * Skinny::SIZE}.fill(a.right, k, 0);
+    OfY{dY + buffer * OfY::SIZE}.fill(a.dY, DOWN ? k : across, DOWN ? across : k);
+    OfRight{right + buffer * OfRight::SIZE}.fill(a.right, k, 0);
     cp_async_commit();
   };
   float sums[2][Tile::RANK_TILES][4] = {};
@@ -123,9 +140,9 @@ __global__ void __launch_bounds__(Tile::THREADS) grad_side_kernel(GradSide<typen
     cp_async_wait<0>();
     __syncthreads();  // the tiles are complete, and nobody reads the ones before
     if (k + Tile::DEPTH < end) fetch(k + Tile::DEPTH, now ^ 1);
-    const Wide tile{dY + now * Wide::SIZE};
+    const OfY tile{dY + now * OfY::SIZE};
     multiply_tiles<Math, DOWN, Tile::DEPTH>(sums, DOWN ? tile.from(0, warp_across) : tile.from(warp_across, 0),
-                                            Skinny{right + now * Skinny::SIZE}.from(0, warp_rank));
+                                            OfRight{right + now * OfRight::SIZE}.from(0, warp_rank));
   }
   cp_async_wait<0>();  // of a slab without any depth
   const int64_t all = DOWN ? a.dY.columns : a.dY.rows, first = across + warp_across, r = a.right.columns;
@@ -173,12 +190,9 @@ template <class Math, class T>
 Status one_pass(const Launch& launch, GradSB<T> a) {
   return with_grad_sb_tile<sizeof(T)>(a.B.columns, [&](auto tile) {
     using Tile = decltype(tile);
-    constexpr size_t SHARED =
-        Staged<T, Tile::COLUMNS, Tile::RANK>::BYTES +
-        2 * (Staged<T, Tile::ROWS, Tile::COLUMNS>::BYTES + Staged<T, Tile::ROWS, Tile::RANK>::BYTES);
     const Grid grid = Grid::one_pass<Tile>(a.dY.rows, a.dY.columns);
     a.slab = grid.slabs.length;
-    return LAUNCH((grad_sb_kernel<Math, Tile>), grid, Tile::THREADS, SHARED, launch, a);
+    return LAUNCH((grad_sb_kernel<Math, Tile>), grid, Tile::THREADS, Memory<T, Tile>::BYTES, launch, a);
   });
 }
 
@@ -186,12 +200,10 @@ template <class Math, bool DOWN, class T>
 Status side(const Launch& launch, GradSide<T> a) {
   return with_grad_side_tile<sizeof(T)>(a.right.columns, [&](auto tile) {
     using Tile = decltype(tile);
-    constexpr size_t SHARED =
-        2 * (Staged < T, DOWN ? Tile::DEPTH : Tile::ACROSS,
-             DOWN ? Tile::ACROSS : Tile::DEPTH > ::BYTES + Staged<T, Tile::DEPTH, Tile::RANK>::BYTES);
     const Grid grid = Grid::side<Tile>(DOWN ? a.dY.columns : a.dY.rows, a.right.rows);
     a.slab = grid.slabs.length;
-    return LAUNCH((grad_side_kernel<Math, Tile, DOWN>), grid, Tile::THREADS, SHARED, launch, a);
+    return LAUNCH((grad_side_kernel<Math, Tile, DOWN>), grid, Tile::THREADS, SideMemory<T, Tile, DOWN>::BYTES, launch,
+                  a);
   });
 }
 

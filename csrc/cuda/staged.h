@@ -82,6 +82,11 @@ DEVICE void load_b(uint32_t (&b)[4], Corner<T, PITCH> tile, int depth, int colum
   }
 }
 
+/// Two floats side by side, at a multiple of 8 bytes.
+struct alignas(8) Pair {
+  float left, right;
+};
+
 /// sums[16 M, 8 N] += A[16 M, TERMS] B[TERMS, 8 N]; TRANSPOSED: a holds A's transpose.
 template <class Math, bool TRANSPOSED, int TERMS, int M, int N, class T, int PITCH_A, int PITCH_B>
 DEVICE void multiply_tiles(float (&sums)[M][N][4], Corner<T, PITCH_A> a, Corner<T, PITCH_B> b) {
@@ -89,19 +94,19 @@ DEVICE void multiply_tiles(float (&sums)[M][N][4], Corner<T, PITCH_A> a, Corner<
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll 4
     for (int k = 0; k < TERMS; k++) {
-      float left[N], right[N];
+      Pair columns[N];
 #pragma unroll
-      for (int n = 0; n < N; n++) left[n] = b(k, 8 * n + 2 * t), right[n] = b(k, 8 * n + 2 * t + 1);
+      for (int n = 0; n < N; n++) columns[n] = load(reinterpret_cast<const Pair*>(&b(k, 8 * n + 2 * t)));
 #pragma unroll
       for (int m = 0; m < M; m++) {
         const float upper = TRANSPOSED ? a(k, 16 * m + g) : a(16 * m + g, k);
         const float lower = TRANSPOSED ? a(k, 16 * m + 8 + g) : a(16 * m + 8 + g, k);
 #pragma unroll
         for (int n = 0; n < N; n++) {
-          sums[m][n][0] = fmaf(upper, left[n], sums[m][n][0]);
-          sums[m][n][1] = fmaf(upper, right[n], sums[m][n][1]);
-          sums[m][n][2] = fmaf(lower, left[n], sums[m][n][2]);
-          sums[m][n][3] = fmaf(lower, right[n], sums[m][n][3]);
+          sums[m][n][0] = fmaf(upper, columns[n].left, sums[m][n][0]);
+          sums[m][n][1] = fmaf(upper, columns[n].right, sums[m][n][1]);
+          sums[m][n][2] = fmaf(lower, columns[n].left, sums[m][n][2]);
+          sums[m][n][3] = fmaf(lower, columns[n].right, sums[m][n][3]);
         }
       }
     }
@@ -146,6 +151,19 @@ DEVICE void each_pair(const float (&sums)[M][N][4], F f) {
       for (int h = 0; h < 2; h++) f(16 * m + 8 * h + g, 8 * n + 2 * t, sums[m][n][2 * h], sums[m][n][2 * h + 1]);
     }
   }
+}
+
+/// tile[row + ..., column + ...] = scale * the product.
+template <class T, int ROWS, int COLUMNS, int M, int N>
+DEVICE void put(const Staged<T, ROWS, COLUMNS>& tile, int row, int column, const float (&sums)[M][N][4], float scale) {
+  each_pair(sums, [&](int r, int c, float left, float right) {
+    T* to = tile.place(row + r, column + c);
+    if constexpr (sizeof(T) == 2) {
+      store(reinterpret_cast<uint32_t*>(to), pack<T>(scale * left, scale * right));
+    } else {
+      store(reinterpret_cast<Pair*>(to), Pair{scale * left, scale * right});
+    }
+  });
 }
 
 /// to[row * stride + column] = what the block has summed, inside of [rows, columns] whose corner is the product's. Four

@@ -155,7 +155,7 @@ def test_a_lora_layer_and_its_gradients(by, check_error, M, K, N, r, p, dtype, b
         ways["exact"].append(gradients(plain, x.double(), A.to(dtype).double(), B.to(dtype).double(), dY))
     for i, name in enumerate(("y", "dX", "dA", "dB")):
         exact, same = ([draw[i] for draw in ways[way]] for way in ("exact", "torch"))
-        if base != "none":
+        if base != "none" and name in ("y", "dX"):
             same = [as_products_may_err(*pair) for pair in zip(same, exact, strict=True)]
         for backend in BACKENDS:
             check_error([draw[i] for draw in ways[backend]], same, exact, f"{name} by {backend}", dtype)
