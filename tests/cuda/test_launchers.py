@@ -1,5 +1,6 @@
 """The launchers as nvcc compiles them, over a stand-in for the CUDA runtime that records what they ask of it."""
 
+import ctypes
 import math
 import re
 
@@ -39,7 +40,20 @@ def clean(recorder):
 
 
 def test_launchers_call_nothing_that_allocates_copies_or_waits(recorder):
-    assert record.called(record.objects()) <= record.ALLOWED | record.STUBS
+    assert record.called(record.objects()) <= record.ALLOWED
+
+
+def test_what_launchers_must_not_do_is_seen(recorder, tmp_path):
+    source = record.HERE / "forbidden.cu"
+    compiled = nvcc.make(tmp_path / "forbidden.o", nvcc.nvcc(), "-c", "-arch=sm_80", "-Xcompiler=-fPIC", str(source))
+    wrong = {"cudaMalloc", "cudaStreamSynchronize", "__cudaPushCallConfiguration"}
+    assert record.called([compiled]) - record.ALLOWED == wrong
+    library = ctypes.CDLL(str(build.link([record.HERE / "recorder.cpp"], [compiled], tmp_path)))
+    library.launch_badly(None, ctypes.c_void_p(STREAM))
+    library.recorder_events.restype = ctypes.c_char_p
+    events = [line.split("\t") for line in library.recorder_events().decode().splitlines()]
+    forbidden = [words[1] for words in events if words[0] == "forbidden"]
+    assert forbidden == ["cudaMalloc", "cudaStreamSynchronize", "kernel<<<>>>"]
 
 
 def test_kernels_go_to_the_device_and_the_stream(recorder, every_call):

@@ -25,8 +25,7 @@ ALLOWED = {"cudaGetDevice", "cudaSetDevice", "cudaFuncSetAttribute", "cudaStream
 ALLOWED |= {"cudaGetErrorString", "cudaLaunchKernel", "__cudaLaunchKernel", "__cudaGetKernel", "__cudaInitModule"}
 ALLOWED |= {"__cudaRegisterFatBinary", "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary"}
 ALLOWED |= {"__cudaRegisterFunction"}
-# In the stubs of kernels, which only kernel<<<>>> calls.
-STUBS = {"__cudaPushCallConfiguration", "__cudaPopCallConfiguration"}
+ALLOWED |= {"__cudaPopCallConfiguration"}  # in the stub of every kernel, which only kernel<<<>>> calls
 
 
 @dataclass(frozen=True)
