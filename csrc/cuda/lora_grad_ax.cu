@@ -19,7 +19,7 @@
 //     x, and dX0 where x needs a gradient    e M K each, once
 //     dS                                     e M r * blocks of columns
 //     A                                      e r K * slabs
-//     partial sums, written and read         4 r K * slabs * 2      each slab has 4 r rows or more: at most e M K / 2
+//     partial sums, written and read         4 r K * slabs * 2      slabs of 4 r rows or more: at most 2 M K of several
 //     dA                                     4 r K
 //
 // More than 256 ranks (128 in fp32) take another run for each further 256: over x again, and adding to dX0.

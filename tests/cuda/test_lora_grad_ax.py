@@ -163,6 +163,15 @@ def test_traffic_is_what_the_kernels_formula_says(cuda, M, K, ranks, math, slabs
         assert sum(t.bytes_read for t in second.traffic.values()) == slabs * 4 * some * K
 
 
+@pytest.mark.parametrize("math, product", [("bf16", 16 * 8 * 16), ("f16", 16 * 8 * 16), ("tf32", 16 * 8 * 8)])
+@pytest.mark.parametrize("r, padded", [(1, 16), (16, 16), (20, 32), (64, 64), (100, 128), (256, 256)])
+def test_no_product_but_those_of_the_padded_ranks_and_no_bank_conflict(cuda, math, product, r, padded):
+    with cuda.recording() as launches:
+        grad_ax(*inputs(64, 128, r, math), 6554, math)
+    assert sum(launch.mma for launch in launches) * product == 2 * 64 * 128 * padded
+    assert not any(launch.ldmatrix_conflicts for launch in launches)
+
+
 def test_rows_further_apart_than_32_bits_count(cuda):
     operands = inputs(3, 40, 4, "bf16")
     memory = torch.UntypedStorage(2**32 + 2**12)  # of which nothing is touched but three rows

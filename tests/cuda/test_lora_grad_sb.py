@@ -131,6 +131,15 @@ def test_traffic_is_what_the_kernels_formula_says(cuda, M, N, r, math, passes, p
     assert sum(t.bytes_read for t in last.traffic.values()) == parts
 
 
+@pytest.mark.parametrize("math, product", [("bf16", 16 * 8 * 16), ("f16", 16 * 8 * 16), ("tf32", 16 * 8 * 8)])
+@pytest.mark.parametrize("r, padded", [(1, 16), (16, 16), (20, 32), (64, 64), (100, 128), (256, 256)])
+def test_no_product_but_those_of_the_padded_ranks_and_no_bank_conflict(cuda, math, product, r, padded):
+    with cuda.recording() as launches:
+        grad_sb(*inputs(64, 512, r, math), 1.0, math)
+    assert sum(launch.mma for launch in launches) * product == 2 * 64 * 512 * padded
+    assert not any(launch.ldmatrix_conflicts for launch in launches)
+
+
 @pytest.mark.parametrize("r", [4, 40])
 def test_rows_further_apart_than_32_bits_count(cuda, r):
     operands = inputs(3, 40, r, "bf16")
