@@ -4,7 +4,8 @@
 by that, and one that pads executes the padded product. In the machine code each mma.sync is one HMMA.
 
 **Mask.** Seven rounds of Philox take two 32x32 bit multiplications with a high word each, and a call decides eight
-elements: 14 / 8 = 1.75 such multiplications an element, up to 1.3 times that.
+elements: 14 / 8 = 1.75 such multiplications an element, up to 1.3 times that. Four of the 14 depend on column and
+stream alone, so that a thread that masks several rows may do with 10 / 8.
 
 **Vectors.** Every byte of x, y, dY and dX travels once a pass in accesses of 16 bytes, which fill whole sectors.
 
@@ -22,7 +23,7 @@ from math import ceil
 
 from codegen import occupancy
 
-PHILOX = 14 / 8
+PHILOX, SHARED_PHILOX = 14 / 8, 10 / 8
 
 # Multiplications of an operator on [M, N], [M, K] and rank r.
 PRODUCTS: dict[str, Callable[[int, int, int, int], int]] = {
@@ -42,6 +43,10 @@ READ = {
     "lora_fused": ("x",),
     "lora_fused_grad": ("dY",),
 }
+# Passes over the banks of shared memory, beside the fewest that the same bytes take. ldmatrix meets no conflict at all;
+# what is above 1 are stores: eight copies of 16 bytes into rows of 16 or 32 ranks begin twice in four banks, and nvcc
+# splits the first of grad_ax's 16-byte stores in four.
+BANKS = {"lora_grad_sb": 1.06, "lora_grad_ax": 1.12}
 TWO_PASSES_ABOVE = 32  # ranks, of lora_grad_sb
 
 

@@ -26,6 +26,7 @@ def launches() -> dict[str, Launch]:
             finally:
                 _cuda._tf32 = before
         for dtype in _cuda.DTYPES:
+            draw(Case("lora_shrink", dtype, 16, 1, 8192, 8)).call(_cuda)  # few rows: the depth in slices
             _others(dtype)
     for launch in noted:
         if launch.symbol not in found or launch.shared > found[launch.symbol].shared:

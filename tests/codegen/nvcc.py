@@ -48,7 +48,12 @@ def host(source: Path) -> Path:
 
 def ptx(source: Path) -> str:
     """The file's PTX."""
-    return subprocess.run([tool("cuobjdump"), "-ptx", host(source)], capture_output=True, text=True, check=True).stdout
+    return _ptx(host(source))
+
+
+@functools.cache
+def _ptx(compiled: Path) -> str:
+    return subprocess.run([tool("cuobjdump"), "-ptx", compiled], capture_output=True, text=True, check=True).stdout
 
 
 def cubin(source: Path, architecture: int) -> Path:

@@ -11,8 +11,6 @@ in the context, and nothing else.
 
 import ctypes
 import functools
-import hashlib
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +18,13 @@ from typing import NamedTuple
 
 from codegen import nvcc
 from codegen.sass import demangled
-from gpusim.build import load
+from gpusim.build import link, load
 from ptx.parse import Module
 from ptx.session import Run
 
 from llmbuilder.ops import _backend
 
+CSRC = nvcc.ROOT / "csrc"
 Callback = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
@@ -97,26 +96,9 @@ def short_name(symbol: str) -> str:
 
 
 @functools.cache
-def device(csrc: Path = nvcc.ROOT / "csrc", only: str = "") -> Device:
-    """Of the kernels in csrc/cuda; of ``only`` one operator's file, if given, and the project's own for the rest."""
-    ours = nvcc.ROOT / "csrc/cuda"
-    sources = [path if only in ("", path.stem) else ours / path.name for path in nvcc.sources(csrc)]
+def device(csrc: Path = CSRC, only: str = "") -> Device:
+    """Of the kernels in csrc/cuda, or of ``only`` one operator's."""
+    sources = [source for source in nvcc.sources(csrc) if only in ("", source.stem)]
     objects = nvcc.each(nvcc.host, sources)
-    path = _link(csrc, list(objects.values()))
+    path = link([csrc / "bindings.cpp", Path(__file__).with_name("runtime.cpp")], objects.values(), nvcc.KEPT)
     return Device(load(path), ctypes.CDLL(str(path)), [nvcc.ptx(source) for source in objects])
-
-
-def _link(csrc: Path, objects: list[Path]) -> Path:
-    """Launchers, bindings and runtime.cpp as a Python module."""
-    import pybind11
-
-    runtime = Path(__file__).with_name("runtime.cpp")
-    known = hashlib.sha256(b"".join(p.read_bytes() for p in (csrc / "bindings.cpp", runtime, *objects)))
-    path = nvcc.KEPT / f"_emulated-{known.hexdigest()[:16]}.so"
-    if not path.exists():
-        include = (csrc, csrc / "include", pybind11.get_include(), sysconfig.get_path("include"))
-        flags = ("-std=c++17", "-O1", "-shared", "-cudart=none", "-Xcompiler=-fPIC,-fvisibility=hidden")
-        sources = (csrc / "bindings.cpp", csrc / "cuda/version.cpp", runtime, *objects)
-        command = (*flags, "-DLLMBUILDER_EMULATED", *(f"-I{folder}" for folder in include), *map(str, sources))
-        nvcc.make(path, nvcc.nvcc(), *command)
-    return path

@@ -1,12 +1,17 @@
 // A CUDA runtime for the launchers that nvcc compiled, on a machine without a driver: memory is host memory, and a
 // launch calls a function of Python's, which interprets the kernel's PTX. Only what launchers use is here.
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <string>
 #include <vector>
+
+// As CUDA's headers have them, which are not needed to link.
+struct dim3 {
+  unsigned x, y, z;
+};
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidDeviceFunction = 98, cudaErrorLaunchFailure = 719;
 
 namespace {
 
@@ -18,7 +23,7 @@ std::map<const void*, std::string> names;  // of the stubs that nvcc makes for k
 struct Configuration {
   dim3 grid, block;
   size_t shared;
-  cudaStream_t stream;
+  void* stream;
 };
 std::vector<Configuration> pushed;
 cudaError_t last = cudaSuccess;
@@ -43,12 +48,11 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
-                            int*) {
+void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, void*, void*, void*, void*, int*) {
   names[stub] = name;
 }
 
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
   pushed.push_back({grid, block, shared, stream});
   return 0;
 }
@@ -61,47 +65,23 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 }
 
 // A kernel's handle is its stub.
-cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
-  *kernel = (cudaKernel_t)stub;
-  return cudaSuccess;
+cudaError_t __cudaGetKernel(const void** kernel, const void* stub) { return *kernel = stub, cudaSuccess; }
+cudaError_t __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, void*) {
+  return launch(kernel, grid, block, arguments, shared);
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                               cudaStream_t) {
-  return launch((const void*)kernel, grid, block, arguments, shared);
-}
-cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, void*) {
   return launch(stub, grid, block, arguments, shared);
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? 108
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 163 * 1024
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? 8
-                                                                  : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
-  return memcpy(to, from, size), cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* at, int value, size_t size, cudaStream_t) {
-  return memset(at, value, size), cudaSuccess;
-}
+cudaError_t cudaStreamIsCapturing(void*, int* status) { return *status = 0, cudaSuccess; }
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last;
   last = cudaSuccess;
   return error;
 }
-cudaError_t cudaPeekAtLastError() { return last; }
 const char* cudaGetErrorString(cudaError_t) { return "the interpreter stopped the kernel"; }
-const char* cudaGetErrorName(cudaError_t) { return "interpreter"; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 
 }  // extern "C"
