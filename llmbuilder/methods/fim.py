@@ -23,12 +23,12 @@ SENTINELS = (
 
 
 class FillInTheMiddle:
-    """Turns half of the training examples, drawn by the seed, into prefix, suffix and then the middle between them.
+    """Turns half of the training examples, chosen by the seed, into prefix, suffix and then the middle between them.
 
     The middle is a node of the syntax tree or a run of siblings. The three pieces are tokenised by themselves, each
     behind its sentinel, and all of it is learnt, with an end of text behind it. What gets longer than an example may be
-    loses the far ends of prefix and suffix. An example stays as it is where it is not learnt whole (it has a prompt),
-    where its tokenizer does not give the pieces back, or where no node could be cut out.
+    loses the far ends of prefix and suffix. Not chosen are examples that are not learnt whole (they have a prompt),
+    those whose pieces the tokenizer does not give back, and those that no node could be cut out of.
 
     Args:
         language: of the code.
@@ -56,11 +56,13 @@ class FillInTheMiddle:
     def prepare(self, run: Run) -> None:
         examples, limit = run.sources["train"], min(self.max_length, context_length(run.model) or self.max_length)
         turned: dict[int, Example] = {}
-        for index in range(len(examples)):
-            draw = random.Random(f"{run.seed}/fill in the middle/{index}")
-            if draw.random() < SHARE or len(examples) == 1:
-                example = self._turned(run.model, examples[index], limit, draw)
-                turned |= {} if example is None else {index: example}
+        draw = random.Random(f"{run.seed}/fill in the middle")
+        for index in draw.sample(range(len(examples)), len(examples)):
+            if len(turned) >= SHARE * len(examples):
+                break
+            example = self._turned(run.model, examples[index], limit, draw)
+            if example is not None:
+                turned[index] = example
         if not turned:
             raise LLMBuilderError(
                 f"syntax_aware_training found no syntax to cut at in {len(examples)} examples: give plain code in "

@@ -50,7 +50,7 @@ def test_syntax_aware_training_turns_half_of_the_examples_and_their_pieces_rejoi
     sources = {FUNCTION.format(n=n) for n in range(200)}
     first = model.tokenizer.convert_tokens_to_ids(SENTINELS[0][0])
     middle = [index for index in range(200) if data[index]["input_ids"][0] == first]
-    assert 75 < len(middle) < 125
+    assert len(middle) == 100
     for index in range(200):
         row = data[index]
         assert row["labels"] == row["input_ids"]
