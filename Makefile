@@ -5,18 +5,22 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 MODEL  ?= smollm2
 BIN    := $(VENV)/bin
-SOURCES := $(shell find csrc llmbuilder kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc llmbuilder kernels cmake -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint mutations bench clean
+.PHONY: demo test ladder lint mutations bench bench-gpu bench-forgetting clean
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo --model $(MODEL)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
+# Proves the GPU kernels without a GPU, rung by rung (docs/kernels.md).
+ladder: $(VENV)/.installed
+	$(BIN)/python tests/ladder.py
+
 lint: $(VENV)/.developer
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	git ls-files '*.h' '*.cpp' '*.inc' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.inc' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 # Seeds bugs into the CPU kernels; each must be caught by a test.
 mutations: $(VENV)/.developer
@@ -24,6 +28,12 @@ mutations: $(VENV)/.developer
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu/run.py
+
+bench-forgetting: $(VENV)/.installed
+	$(BIN)/python benchmarks/forgetting/run.py
 
 # One environment for all of them. Installed, not linked: what is tested is what a user gets.
 $(VENV)/.torch:
