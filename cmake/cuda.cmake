@@ -29,14 +29,17 @@ macro(without_cuda REASON)
   message(STATUS "llmbuilder: no CUDA kernels: ${CUDA_WHY_NOT}")
 endmacro()
 
-# Whether nvcc with this C++ compiler makes code for a compute capability; its words in WORDS where it does not.
+# Whether nvcc with this C++ compiler makes a program for a compute capability, of the kernels' headers and with the static
+# runtime; its words in WORDS where it does not.
 # enable_language(CUDA) cannot be asked: where nvcc and the C++ compiler do not fit it stops the whole configuration.
 function(compiles_for ARCHITECTURE RESULT WORDS)
   set(PROBE ${CMAKE_CURRENT_BINARY_DIR}/cuda_probe.cu)
-  file(WRITE ${PROBE} "#include \"cuda/device.h\"\n__global__ void probe(int* out) { *out = 1; }\n")
+  file(WRITE ${PROBE} "#include \"cuda/partials.h\"\n#include \"cuda/reduce.h\"\n#include \"cuda/staged.h\"\n"
+                      "__global__ void probe(int* out) { *out = 1; }\n"
+                      "int main() { probe<<<1, 1>>>(nullptr); }\n")
   execute_process(
     COMMAND ${NVCC} -std=c++17 -ccbin ${CMAKE_CXX_COMPILER} -I${CMAKE_CURRENT_SOURCE_DIR}/csrc
-            -I${CMAKE_CURRENT_SOURCE_DIR}/csrc/include -arch=sm_${ARCHITECTURE} -c ${PROBE} -o ${PROBE}.o
+            -I${CMAKE_CURRENT_SOURCE_DIR}/csrc/include -arch=sm_${ARCHITECTURE} ${PROBE} -o ${PROBE}.out
     RESULT_VARIABLE FAILED OUTPUT_VARIABLE OUT ERROR_VARIABLE ERR)
   string(REGEX REPLACE "[^A-Za-z0-9 .,:!()=+/_-]+" " " OUT "${OUT}${ERR}")  # what a string in C++ can hold as it is
   string(SUBSTRING "${OUT}" 0 300 OUT)
