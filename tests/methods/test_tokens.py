@@ -5,9 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llmbuilder.data import TextDataset
 from llmbuilder.errors import ConfigError, LLMBuilderError
@@ -146,3 +155,35 @@ def test_what_means_nothing_is_refused(settings: dict[str, Any], told: str) -> N
     with pytest.raises(ConfigError, match=told):
         FineTuningConfig(**settings)
     assert FineTuningConfig(special_tokens="<a>").special_tokens == ["<a>"]
+
+
+SHAPE = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+HUGGING_FACE: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2, n_positions=64)),
+    "gemma, which scales its embeddings": lambda: GemmaForCausalLM(GemmaConfig(**SHAPE, head_dim=16)),
+}
+
+
+@pytest.mark.parametrize("family", HUGGING_FACE)
+def test_peft_reads_the_new_tokens_of_every_family(family: str, tune: Any, text: Any, tmp_path: Path) -> None:
+    """On the base model grown to the adapter's tokenizer, which is all that PEFT's users do."""
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        model = HUGGING_FACE[family]().eval()
+        model.tokenizer = byte_tokenizer()
+        return model
+
+    model = make()
+    tune(model, text(), special_tokens=TOKENS, lora_rank=2, num_epochs=2, output_dir=tmp_path / "run")
+    base = make()
+    base.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+    read = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    ids = torch.tensor([[258, 5, 259, 1]])
+    torch.testing.assert_close(read(ids).logits, model(ids).logits)
+    own = make()
+    load_adapter(own, tmp_path / "run" / "adapter")
+    assert torch.equal(own(ids).logits, model(ids).logits)
