@@ -17,7 +17,9 @@ if INTERPRETED:
     from hypothesis import Phase, settings
 
     settings.register_profile("thorough", deadline=None, max_examples=12)
-    settings.register_profile("quick", deadline=None, max_examples=4, derandomize=True, phases=[Phase.generate])
+    settings.register_profile(
+        "quick", deadline=None, max_examples=4, derandomize=True, phases=[Phase.explicit, Phase.generate]
+    )
     settings.load_profile(os.environ.get("INTERPRETED_PROFILE", "thorough"))
     guard.install(int(os.environ.get("GUARD_SEED", "0")))
     # Memory that nobody has written yet holds NaN.

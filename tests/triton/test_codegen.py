@@ -132,27 +132,6 @@ def compiled(architecture, dtype=torch.bfloat16, r=R, only=None, config=0):
     return pairs
 
 
-def row(operator, kernel):
-    """What the table of generated code says of a kernel."""
-    masked = FLOORS[kernel.name].masked or (64 * 64 if operator == "lora_fused_grad" else 0)
-    return {
-        "operator": operator,
-        "kernel": kernel.name,
-        "architecture": kernel.architecture,
-        "registers": kernel.sass.registers,
-        "spills": kernel.sass.count(r"STL|LDL"),
-        "shared": kernel.shared,
-        "mma": kernel.sass.count(r"HMMA|HGMMA|UTC\w*MMA"),
-        "wide multiplies per element": round(aot.wide_multiplies(kernel) * kernel.threads / masked, 3) if masked else 0,
-        "vector load bytes": 16 * kernel.sass.count(r"(LDG|LDGSTS)\.E\S*\.128"),
-    }
-
-
-def rows(architectures=aot.ARCHITECTURES):
-    """For benchmarks/results/codegen.csv."""
-    return [row(*pair) for architecture in architectures for pair in compiled(architecture)]
-
-
 def spilled(kernel):
     count, stack = kernel.sass.count(r"STL|LDL"), kernel.sass.stack + kernel.sass.local
     return f"{count} accesses to local memory, {stack} bytes of it" if count or stack else ""
