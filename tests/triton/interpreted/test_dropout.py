@@ -49,6 +49,14 @@ def test_published_bits():
     assert torch.equal(dropout(torch.ones(6, 20), threshold, torch.tensor(seed), stream) != 0, expected)
 
 
+def test_a_slice_equal_to_the_threshold_keeps():
+    seed, x = torch.tensor(9), torch.ones(1, 8)
+    words = reference.philox(tuple(torch.tensor(n) for n in (0, 0, 5, 0)), seed)
+    slices = torch.stack([words & 0xFFFF, words >> 16], -1).flatten().tolist()
+    for column, threshold in enumerate(slices):
+        assert dropout(x, threshold, seed, 5)[0, column] != 0 and dropout(x, threshold + 1, seed, 5)[0, column] == 0
+
+
 def test_what_is_dropped_is_zero_even_where_it_is_not_finite():
     x = torch.full((8, 100), torch.inf)
     y = dropout(x, 32768, torch.tensor(1), 0)

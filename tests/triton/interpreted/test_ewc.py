@@ -3,7 +3,7 @@
 import guard
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmbuilder.kernels import ewc
@@ -58,6 +58,8 @@ class Tensors:
     offset=st.integers(0, 1),
     seed=st.integers(0, 2**32),
 )
+@example(sizes=[ewc.CHUNK + 1, 5], dtype=torch.float32, weighted=True, offset=0, seed=0)
+@example(sizes=[3, 2 * ewc.CHUNK + 1], dtype=torch.float16, weighted=False, offset=1, seed=0)
 def test_penalty(check_error, sizes, dtype, weighted, offset, seed):
     ours = Tensors(sizes, dtype, offset, seed)
     same, exact = ours.again(), ours.doubled()
