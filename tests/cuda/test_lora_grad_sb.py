@@ -43,7 +43,7 @@ def rounded_to_tf32(x):
     return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(
     M=st.integers(0, 140),
     N=st.integers(0, 300) | st.sampled_from([63, 64, 128, 256]),
@@ -61,7 +61,7 @@ def rounded_to_tf32(x):
 def test_errs_no_more_than_torch(emulator, check_error, M, N, r, scaling, math, layouts, schedule, seed):
     torch.manual_seed(seed)
     found, same, exact = [], [], []
-    for _ in range(max(1, min(16, 256 // ((min(M, N) + 1) * r)))):  # the largest error of a few numbers is chance
+    for _ in range(max(4, min(16, 256 // ((min(M, N) + 1) * r)))):  # the largest error of a few numbers is chance
         operands = inputs(M, N, r, math)
         emulator.schedule(schedule)
         with emulator.serving():
