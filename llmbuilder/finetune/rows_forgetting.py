@@ -33,7 +33,7 @@ class ForgettingRows(BaseModel):
         f"factor of the penalty ({STRENGTH['ewc']:g} for ewc, {STRENGTH['l2']:g} for l2, unless given; with ewc, 1 "
         "weighs a past token as a present one); 0: none",
         "drift of the weights",
-        "methods/test_l2.py",
+        "methods/test_domain.py",
         ge=0,
     )
     fisher: Literal["true", "empirical"] = row(

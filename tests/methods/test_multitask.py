@@ -157,7 +157,7 @@ def test_shared_encoder_false_trains_an_adapter_for_each_task(
 
 @pytest.mark.parametrize("settings", [{"task_specific_heads": True}, {"shared_encoder": False}, {}])
 def test_each_task_is_judged_with_what_it_has(make_gpt: Any, make_rows: Any, tune: Any, settings: Any) -> None:
-    """Two tasks that contradict each other: one says 3 to everything, the other 5. A shared model halves its chances."""
+    """Two tasks that contradict each other: one says 3 to everything, the other 5. A shared model can but guess."""
     qa, text = ([{"input_ids": [n, said], "labels": [n, said]} for n in range(16)] for said in (3, 5))
     data = MultiTaskDataset([("qa", qa, 0.5), ("text", text, 0.5)])
     adapters = {"lora_rank": 8, "target_modules": "all"} if "shared_encoder" in settings else {}
