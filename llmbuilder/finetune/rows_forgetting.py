@@ -70,7 +70,7 @@ class ForgettingRows(BaseModel):
         False,
         "a penalty on moving the weights away from the base model's, by `regularization_method`",
         "drift of the weights",
-        "methods/test_l2.py",
+        "test_guide.py",
     )
     validation_on_base_tasks: bool = row(
         False,

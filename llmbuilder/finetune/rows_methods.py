@@ -48,7 +48,7 @@ class MethodRows(BaseModel):
         16384,
         "most tokens of general text to sample from the base model where no general data set is given",
         "size of the general text",
-        "methods/test_general.py",
+        "methods/test_domain.py",
         ge=2,
     )
 
