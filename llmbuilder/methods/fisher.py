@@ -89,15 +89,16 @@ def diagonal_fisher(
 
 
 def language_scores(model: nn.Module) -> Score:
-    """How ``diagonal_fisher`` runs a language model on a padded batch: ``input_ids``, ``labels``, ``attention_mask``.
+    """How ``diagonal_fisher`` runs a language model on a batch padded on the right: ``input_ids`` and ``labels``.
 
-    Positions go with it where the model takes them: those that it makes itself are one row for all examples.
+    Its mask is left out, for what is causal does not see what comes behind, and attention is quicker without. Positions
+    go with it where the model takes them: those that it makes itself are one row for all examples.
     """
     language = LanguageHead(model)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def score(batch: Tensors) -> Scores:
-        inputs = dict(batch)
+        inputs = {name: batch[name] for name in ("input_ids", "labels")}
         if takes_positions:
             ids = batch["input_ids"]
             inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..nn.lora import LoRAEmbedding, LoRALinear, Update
 from ..ops import ewc_accumulate_
 
-CHUNK = 2**20
+CHUNK = 2**18
 """Most numbers of per-example gradients that are held at once, where one example has fewer."""
 
 
@@ -191,7 +191,7 @@ class SquaredGradients:
                 if len(gradients) == 1:
                     ewc_accumulate_([total], [gradients[0]])
                 else:
-                    total.view(-1).add_(torch.linalg.vector_norm(gradients.flatten(1), dim=0).square_())
+                    total.add_(gradients.square_().sum(0))
 
     def _vectors(self, name: str, rows: Tensor) -> None:
         """Add each example's ``(Σ_t row_t)²``."""
