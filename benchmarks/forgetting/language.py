@@ -1,0 +1,307 @@
+"""A sequence of language tasks, one after another: what is left of the earlier ones, and of the base model.
+
+Tasks: the verdict on sentences rated by people, of films, then of products, then of tweets (Hutto & Gilbert 2014); then
+another kind of text, the first sentence of a docstring for a name, of the standard library, split by module. Measured
+after the last task:
+
+    earlier     accuracy of the verdicts, on sentences never trained on
+    last        loss of the docstrings of modules never trained on, in nats a token
+    drift       KL(base || tuned) a token, over the base model's own greedy answers to prompts that have nothing to do
+                with any task
+
+EWC, L2 and replay are for the earlier tasks, KL for the drift. Every run is the library's FineTuner, task after task.
+"""
+
+import ast
+import dataclasses
+import itertools
+import pathlib
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import llmbuilder as lb
+from llmbuilder.data import TaskDataset, TextDataset, collate
+from llmbuilder.finetune import FineTuner, FineTuningConfig
+from llmbuilder.models import GPT, GPTConfig, chat_prompt, end_ids, generate, train_tokenizer
+from llmbuilder.nn.heads import LanguageHead
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+import smollm2  # noqa: E402
+import task as demo  # noqa: E402
+from task import Sentence, Task, share  # noqa: E402
+
+CACHE = pathlib.Path(".cache/forgetting")
+DOMAINS = ("film", "amazon", "tweets")
+METHODS = ("none", "ewc", "l2", "replay", "kl")
+KINDS = ("lora", "full")
+ANSWER = 16  # tokens of the base model's answer to an unrelated prompt
+STRENGTHS = {"ewc": (3.0, 30.0, 300.0, 3000.0), "l2": (0.003, 0.03, 0.3, 3.0)}
+GRID: dict[str, list[dict[str, Any]]] = {
+    **{
+        method: [
+            {"continual_learning": True, "regularization_method": method, "regularization_strength": strength}
+            for strength in strengths
+        ]
+        for method, strengths in STRENGTHS.items()
+    },
+    "replay": [
+        {"continual_learning": True, "memory_buffer_size": 500, "replay_frequency": frequency}
+        for frequency in (0.1, 0.25, 0.5)
+    ],
+    "kl": [{"preserve_general_knowledge": True, "domain_weight": weight} for weight in (0.8, 0.65, 0.5)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What differs between the native model and SmolLM2."""
+
+    instruction: str
+    train: int  # examples of a task
+    held_out: int
+    settings: dict[str, dict[str, Any]]  # by kind
+
+
+SCALES = {
+    "native": Scale(
+        "good or bad?",
+        1200,
+        300,
+        {
+            "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 3e-3},
+            "full": {"use_lora": False, "learning_rate": 1e-3},
+        },
+    ),
+    "smollm2": Scale(
+        "Is this sentence positive or negative? Answer with one word.",
+        480,
+        200,
+        {
+            "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 2e-4},
+            "full": {"use_lora": False, "learning_rate": 2e-5},
+        },
+    ),
+}
+COMMON = {
+    "num_epochs": 2,
+    "batch_size": 16,
+    "warmup_steps": 5,
+    "max_seq_length": 160,
+    "dtype": "fp32",
+    "eval_every": None,
+}
+
+
+PANELS = {
+    "earlier": "accuracy of the verdicts at the end",
+    "last": "loss of the docstrings (nats a token)",
+    "drift": "drift on unrelated prompts (nats a token)",
+}
+
+
+def is_matched(last: float, plain: float) -> bool:
+    """Whether the last task is learnt as well as by plain training: within 2 % of its loss."""
+    return last <= 1.02 * plain
+
+
+def measure(name: str, kind: str, method: str, settings: dict[str, Any], seed: int, small: bool) -> dict[str, float]:
+    """The measures of one sequence of tasks."""
+    scale, model = SCALES[name], base(name)
+    if small:
+        scale = dataclasses.replace(scale, train=32, held_out=20)
+    unrelated = answered(model, prompts(name))
+    before = log_probabilities(model, unrelated)
+    stages = tasks(scale, seed)
+    previous, learned = None, []
+    for data, held_out in stages:
+        config = FineTuningConfig(**COMMON, **scale.settings[kind], **settings, seed=seed)
+        tuner = FineTuner(
+            model, messages_of(data, scale), messages_of(held_out[:50], scale), config, continue_from=previous
+        )
+        tuner.train()
+        previous = tuner
+        learned.append(quality(tuner, held_out, scale))
+    ended = [quality(previous, held_out, scale) for _, held_out in stages]
+    after = log_probabilities(model, unrelated)
+    return {
+        "earlier": sum(ended[:-1]) / len(DOMAINS),
+        "learned": sum(learned[:-1]) / len(DOMAINS),
+        "last": ended[-1],
+        "drift": float(F.kl_div(after, before, reduction="sum", log_target=True) / len(before)),
+    }
+
+
+def quality(tuner: FineTuner, held_out: list, scale: Scale) -> float:
+    """Accuracy of the likelier word, or the loss of docstrings."""
+    if isinstance(held_out[0], Sentence):
+        return demo.score(verdicts(tuner.model, scale), held_out).accuracy
+    data = messages_of(held_out, scale)
+    tuner.loader.bind(data)
+    return tuner.judge.score(data).loss
+
+
+# The tasks
+
+
+def tasks(scale: Scale, seed: int) -> list[tuple[list, list]]:
+    """What to train on and what to test on, by task, in their order."""
+    smollm2.RATINGS.setdefault("tweets", "tweets_GroundTruth.txt")
+    stages = []
+    for domain in DOMAINS:
+        found = smollm2.sentences(domain)
+        apart = [s for s in found if share(s.text) < 0.3], [s for s in found if share(s.text) >= 0.3]
+        stages.append((drawn(apart[1], scale.train, seed), drawn(apart[0], scale.held_out, seed)))
+    pairs = docstrings()
+    known = [pair for module, pair in pairs if share(module) >= 0.3]
+    unknown = [pair for module, pair in pairs if share(module) < 0.3]
+    draw = random.Random(seed)
+    return [*stages, (draw.sample(known, scale.train), draw.sample(unknown, scale.held_out))]
+
+
+def drawn(sentences: list[Sentence], count: int, seed: int) -> list[Sentence]:
+    """Half of each label (or all that there are of one), in random order."""
+    draw = random.Random(seed)
+    by_label = [draw.sample([s for s in sentences if s.label == label], count // 2) for label in (0, 1)]
+    return draw.sample(by_label[0] + by_label[1], count // 2 * 2)
+
+
+def docstrings() -> list[tuple[str, tuple[str, str]]]:
+    """(module, (name, first sentence)) of every function and class of the standard library that says what it is."""
+    found = []
+    for path in library():
+        module = path.stem
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                first = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+                if 15 <= len(first) <= 120:
+                    found.append((module, (f"{module}.{node.name}", first + ".")))
+    return sorted(set(found))
+
+
+def library() -> list[pathlib.Path]:
+    """The modules of the standard library that are files in its top folder, and parse."""
+    return sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+
+def messages_of(rows: list, scale: Scale) -> TaskDataset:
+    if isinstance(rows[0], Sentence):
+        task = verdicts(None, scale)
+        return task.dataset(rows)
+    chats = [
+        [{"role": "user", "content": f"What is {name}?"}, {"role": "assistant", "content": text}] for name, text in rows
+    ]
+    return TaskDataset([{"messages": chat} for chat in chats], demo.KIND)
+
+
+def verdicts(model: Any, scale: Scale) -> Task:
+    return Task(model, scale.instruction, ("positive", "negative"), [], {}, [], {"max_seq_length": 160})
+
+
+# Prompts that have nothing to do with the tasks
+
+
+def prompts(name: str) -> list[str]:
+    """At least 100 short ones: questions for the chat model, beginnings of lines for the one that read code."""
+    if name == "native":
+        lines = sorted({line.strip() for line in corpus().splitlines() if 20 <= len(line.strip()) <= 60})
+        return [line[:12] for line in random.Random(0).sample(lines, 120)]
+    return [template.format(word.replace("_", " ")) for template, words in QUESTIONS.items() for word in words.split()]
+
+
+QUESTIONS = {
+    "What is the capital of {}?": "France Italy Spain Japan China Egypt Greece Norway Poland Peru Kenya Cuba India "
+    "Canada Austria Portugal Sweden Finland Turkey Mexico",
+    "What is the opposite of {}?": "hot big fast light early happy strong full open rich young dry soft high near "
+    "loud clean deep wide safe",
+    "What colour is {}?": "grass snow blood coal gold milk chocolate ivory rust sand",
+    "Name one thing that a {} needs.": "baker painter farmer pilot nurse gardener sailor tailor carpenter teacher",
+    "Write one sentence about {}.": "the_sea a_dog rain bread winter music the_moon a_bridge tea a_forest",
+    "How do you say '{}' in French?": "hello thanks water bread house friend night morning book cat",
+    "Which animal is larger, a {} or a mouse?": "cow cat horse whale bear wolf lion camel goat sheep",
+    "What do people do with a {}?": "hammer pen cup chair knife broom lamp ladder rope bucket",
+    "Spell the word {} backwards.": "cat dog sun pen map net top bus red tip",
+}
+
+
+@torch.no_grad()
+def answered(model: Any, texts: list[str]) -> list[dict[str, list[int]]]:
+    """Each prompt with the model's own greedy answer, as an example whose targets are the answer."""
+    tokenizer = model.tokenizer
+    chats = tokenizer.chat_template is not None
+    ids = [
+        chat_prompt(tokenizer, [{"role": "user", "content": text}])
+        if chats
+        else tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in texts
+    ]
+    answers = [generate(model, [prompt], ANSWER, stop_ids=end_ids(model))[0] for prompt in ids]
+    return [
+        {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        for prompt, answer in zip(ids, answers, strict=True)
+        if answer
+    ]
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, examples: list[dict[str, list[int]]]) -> torch.Tensor:
+    """[n, V] in fp32, of every token of the answers."""
+    head = LanguageHead(model.eval())
+    batches = (collate(examples[at : at + 8]) for at in range(0, len(examples), 8))
+    return torch.cat([head.target_logits(batch)[0].log_softmax(-1) for batch in batches])
+
+
+# Models
+
+
+def base(name: str) -> Any:
+    """SmolLM2, or a native GPT that has read the standard library's code, made once."""
+    if name == "smollm2":
+        smollm2.model()
+        return lb.load_model(smollm2.CACHE / "smollm2", dtype="fp32")
+    folder = CACHE / "native"
+    if not folder.exists():
+        pretrain(folder)
+    return lb.load_model(folder)
+
+
+def pretrain(folder: pathlib.Path) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    text = CACHE / "corpus.txt"
+    text.write_text(corpus())
+    sentences = CACHE / "sentences.txt"
+    sentences.write_text("\n".join(s.text for domain in ("film", "amazon") for s in smollm2.sentences(domain)))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=256))
+    model.tokenizer = train_tokenizer([text, sentences], vocab_size=2048)
+    config = FineTuningConfig(
+        use_lora=False,
+        num_epochs=3,
+        batch_size=16,
+        learning_rate=2e-3,
+        warmup_ratio=0.05,
+        max_seq_length=128,
+        validation_split=0.02,
+        eval_every=None,
+        dtype="fp32",
+    )
+    FineTuner(model, TextDataset(text, block_size=128), config=config).train()
+    lb.save_model(model, folder)
+
+
+def corpus() -> str:
+    """The code of a part of the standard library, which no docstring of the task is from."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in itertools.islice(_code(), 60))
+
+
+def _code() -> Iterator[pathlib.Path]:
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for package in ("asyncio", "email", "http", "json", "logging", "multiprocessing", "unittest", "xml", "importlib"):
+        yield from sorted((folder / package).rglob("*.py"))
