@@ -32,8 +32,10 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu/run.py
 
+# What the methods against forgetting keep: five seeds, minutes. `MODEL=smollm2` takes the demo's model, one seed.
 bench-forgetting: $(VENV)/.installed
-	$(BIN)/python benchmarks/forgetting/run.py
+	$(BIN)/python -m pip install --quiet '.[bench]'
+	$(BIN)/python benchmarks/forgetting/run.py $(if $(filter file default,$(origin MODEL)),,$(MODEL))
 
 # One environment for all of them. Installed, not linked: what is tested is what a user gets.
 $(VENV)/.torch:
