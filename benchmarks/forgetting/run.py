@@ -50,7 +50,9 @@ def main() -> None:
 
 def report(name: str, workers: int, small: bool) -> None:
     """Every method with its settings, over the seeds."""
-    chosen = json.loads(SETTINGS.read_text())[name]
+    chosen = json.loads(SETTINGS.read_text()).get(name)
+    if chosen is None:
+        raise SystemExit(f"no settings are chosen for {name} yet: run.py --search {name}")
     seeds = range(1 if small else SEEDS[name])
     jobs = [
         (name, kind, method, chosen.get(kind, {}).get(method, {}), seed, small)
