@@ -35,9 +35,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         kept = read_rows(path, steps)
         if len(kept) < steps:
-            warnings.warn(
-                f"{path} holds {len(kept)} of {steps} steps done: the others' rows are lost", stacklevel=3
-            )
+            warnings.warn(f"{path} holds {len(kept)} of {steps} steps done: the others' rows are lost", stacklevel=3)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         remove(folder / "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
