@@ -3,8 +3,8 @@
     python tests/mutations/cuda.py [name ...]      only bugs whose names contain one of these
 
 For each bug the sources are copied, one passage is replaced, and the rung runs on the operator that has it, for bf16
-alone. Prints what each rung said; a run of all bugs writes benchmarks/results/mutations.csv. Exits with 1 when one got
-away, or when a rung sees something in the sources as they are.
+alone. Prints what each rung said, and writes it to benchmarks/results/mutations.csv for the bugs that were tried. Exits
+with 1 when one got away, or when a rung sees something in the sources as they are.
 """
 
 import argparse
@@ -51,8 +51,7 @@ def main() -> int:
                 print(f"{pair[0]} sees something in {pair[1]} without any seeded bug: {said}")
                 return 1
         found = list(pool.map(lambda bug: try_bug(Path(folder), bug), bugs))
-    if not names and nvcc():
-        write(bugs, found)
+    write(bugs, found)
     missed = [bug for bug, said in zip(bugs, found, strict=True) if not said]
     print(f"{len(bugs) - len(missed)} of {len(bugs)} seen" + "".join(f"\n  missed: {bug.name}" for bug in missed))
     return 1 if missed else 0
@@ -98,13 +97,19 @@ def run(rung: str, csrc: Path, operator: str) -> str:
 
 
 def write(bugs: list[Bug], found: list[str]) -> None:
+    """The table, in the order of BUGS: new rows for these bugs, the rows that stand there for the others."""
+    rows = {}
+    if TABLE.exists():
+        with TABLE.open(newline="") as file:
+            rows = {(row["kernel"], row["bug"]): row for row in csv.DictReader(file)}
+    for bug, said in zip(bugs, found, strict=True):
+        seen = bug.rung if said else "nobody"
+        row = {"kernel": bug.kind, "bug": bug.name, "file": bug.file, "seen by": seen, "on": bug.operator}
+        rows[bug.kind, bug.name] = row
     with TABLE.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("kernel", "bug", "file", "seen by", "on"))
-        writer.writerows(
-            (b.kind, b.name, b.file, b.rung if said else "nobody", b.operator)
-            for b, said in zip(bugs, found, strict=True)
-        )
+        writer = csv.DictWriter(file, ["kernel", "bug", "file", "seen by", "on"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[bug.kind, bug.name] for bug in BUGS if (bug.kind, bug.name) in rows)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ BUGS = (
             STAGED,
             "i < EIGHTS; i += blockDim.x",
             "i < EIGHTS + COLUMNS / 8; i += blockDim.x",
-            "asan",
+            "emulator",
             "lora_grad_sb",
         ),
         (
