@@ -12,6 +12,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+
 import bench_bandwidth
 import bench_graph
 import bench_layer

@@ -117,16 +117,25 @@ DEVICE void store(T* p, T value) {
   *p = value;
 }
 
+DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
 /// Four words from or to a multiple of 16 bytes, in one access. Global or shared memory.
 DEVICE void load_16(const void* p, uint32_t* words) {
   const uint4 value = *static_cast<const uint4*>(p);
   words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
 }
+/// In PTX, since nvcc splits stores of a uint4 in four; which of the two it is it knows when it compiles.
 DEVICE void store_16(void* p, const uint32_t* words) {
-  *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  if (__isShared(p)) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
 }
-
-DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 /// Begins to copy 16 bytes from global to shared memory, both multiples of 16, or zeros where `valid` is false
 /// (`global` is then not read). They are there once the thread has waited for the group that the copy was committed in,

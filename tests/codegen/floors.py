@@ -44,14 +44,16 @@ READ = {
     "lora_fused_grad": ("dY",),
 }
 # Passes over the banks of shared memory, beside the fewest that the same bytes take. ldmatrix meets no conflict at all;
-# what is above 1 are stores: eight copies of 16 bytes into rows of 16 or 32 ranks begin twice in four banks, and nvcc
-# splits the first of grad_ax's 16-byte stores in four.
-BANKS = {"lora_grad_sb": 1.06, "lora_grad_ax": 1.12}
+# what is above 1 are copies of 16 bytes into rows of 16 or 32 ranks, of which eight begin twice in four banks.
+BANKS = {"lora_grad_sb": 1.055, "lora_grad_ax": 1.034}
 TWO_PASSES_ABOVE = 32  # ranks, of lora_grad_sb
+FUSED_SIDE = 128  # columns of a block of lora_fused
 
 
-def passes(operator: str, name: str, r: int) -> int:
-    """How often an operator reads a matrix, where a block of columns or of 256 ranks covers all there are."""
+def passes(operator: str, N: int, K: int, r: int) -> int:
+    """How often an operator asks for the matrix that it reads."""
+    if operator.startswith("lora_fused"):
+        return ceil((N if operator == "lora_fused" else K) / FUSED_SIDE)
     return 2 if operator == "lora_grad_sb" and r > TWO_PASSES_ABOVE else 1
 
 

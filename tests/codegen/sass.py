@@ -3,6 +3,7 @@
 Triton's package brings both, so that no CUDA toolkit is needed to read code.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -51,6 +52,7 @@ def tool(name: str) -> str | None:
     return str(path) if path.exists() else None
 
 
+@functools.cache
 def kernels(path: Path) -> list[Kernel]:
     """Of every architecture in a fatbin or cubin."""
     path = path.resolve()

@@ -5,7 +5,7 @@ import torch
 from traffic import layer, table
 
 
-@pytest.mark.parametrize(("rank", "exposed"), [(8, 5), (32, 5), (40, 6), (256, 6)])
+@pytest.mark.parametrize(("rank", "exposed"), [(8, 5), (32, 5), (40, 6), (200, 6)])
 def test_the_library_path_exposes_five_passes_and_six_above_rank_32(cuda, rank, exposed):
     moved = layer.ours(cuda, rank)
     assert moved.exposed == exposed
@@ -30,10 +30,10 @@ def test_peft_moves_twenty_five_passes():
     assert moved.total == 25 and layer.frozen().total == 4
 
 
-def test_small_matrices_are_a_rank_th_of_a_pass_each(cuda):
-    """S, dS, A, B, dA, dB and the partial sums: in all so many r/N of U, whatever the rank."""
-    per_rank = [layer.ours(cuda, rank).small / (rank / layer.N) / layer.U for rank in (8, 16, 32)]
-    assert max(per_rank) < 20 and max(per_rank) / min(per_rank) < 1.7
+def test_what_else_moves_grows_with_the_rank_alone(cuda):
+    """S, dS, A, B, dA, dB and the partial sums."""
+    of_rank = [layer.ours(cuda, rank).small / rank for rank in (8, 16, 32)]
+    assert max(of_rank) < 1.1 * min(of_rank)
 
 
 def test_the_page_tells_what_is_counted(emulator):

@@ -92,6 +92,15 @@ def write(warp, instruction, at, values, lanes):
         block.memory.count(instruction.index, instruction.text, at, values.shape[1])
 
 
+@decodes("isspacep")
+def _is_in(kernel, instruction):
+    """isspacep.shared or .global p, address"""
+    shared = {"shared": True, "global": False}[instruction.opcode[1]]
+    put = writer(kernel, instruction.operands[0])
+    where = reader(kernel, instruction.operands[1], "u64")
+    return lambda warp, lanes: put(warp, lanes, (where(warp) < SHARED_END) == shared)
+
+
 @decodes("cp")
 def _copy(kernel, instruction):
     kinds = {"cg": _start_copy, "ca": _start_copy, "commit_group": _commit, "wait_group": _wait, "wait_all": _wait}

@@ -167,6 +167,17 @@ def test_a_shuffle_from_a_lane_that_is_off_is_refused():
     refused("takes no part", "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r3, %r1, 16, 31, -1;")
 
 
+def test_an_address_tells_its_memory():
+    body = """
+        cvt.u64.u32 %d4, %r12; isspacep.shared %p1, %d4; isspacep.shared %p2, %d1; isspacep.global %p3, %d1;
+        selp.f32 %f1, 0f3F800000, 0f00000000, %p1; selp.f32 %f2, 0f40000000, 0f00000000, %p2;
+        selp.f32 %f3, 0f40800000, 0f00000000, %p3; add.f32 %f1, %f1, %f2; add.f32 %f1, %f1, %f3;
+        add.s64 %d5, %d2, %d3; st.global.f32 [%d5], %f1;
+    """
+    out, _ = run(body)
+    assert (out[:32] == 5).all()
+
+
 def test_shared_memory_has_its_limits():
     refused("static shared memory; 49152 is the limit", "", shared=".shared .align 16 .b8 tile[49168];")
     refused("sm_80 has 166912", "", dynamic=166912)

@@ -46,10 +46,9 @@ def test_a_philox_call_serves_eight_elements(case, runs):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matrices_travel_in_vectors_of_sixteen_bytes(case, runs):
     run, drawn, out = runs[case]
-    for name in floors.READ[case.operator]:
-        tensor = drawn.tensors[name]
-        times = floors.passes(case.operator, name, case.r)
-        assert run.requested(tensor, "read", 16) == run.requested(tensor, "read") == times * tensor.nbytes, name
+    for tensor in (drawn.tensors[name] for name in floors.READ[case.operator]):
+        asked = floors.passes(case.operator, case.N, case.K, case.r) * tensor.nbytes
+        assert run.requested(tensor, "read", 16) == run.requested(tensor, "read") == asked
     for tensor in out:
         if tensor.shape in ((case.M, case.N), (case.M, case.K)) and tensor.dtype == case.dtype:
             assert run.requested(tensor, "write", 16) == run.requested(tensor, "write") == tensor.nbytes
