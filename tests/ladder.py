@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from codegen.nvcc import nvcc  # noqa: E402 (found by the path above)
 
 TEST = ("-m", "pytest", "-q")
+BENCHMARKS = ("tests/test_gpu_benchmarks.py",)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ LADDER = [
     Rung("6a", "each seeded bug in the CUDA kernels is seen", ("tests/mutations/cuda.py",)),
     Rung("6b", "each seeded bug in Triton's kernels is seen", ("tests/mutations/triton.py",)),
     Rung("7", "machine code for six architectures: no spills, floors reached", (*TEST, "tests/codegen"), True),
-    Rung("8", "the GPU's benchmarks run, up to the GPU", ("benchmarks/gpu/run.py", "--dry-run")),
+    Rung("8", "launchers, and benchmarks up to the GPU", (*TEST, "tests/cuda/test_launchers.py", *BENCHMARKS)),
 ]
 
 
