@@ -14,9 +14,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest
 
-# Proves the GPU kernels without a GPU, rung by rung (docs/kernels.md).
+# Proves the GPU kernels without a GPU, rung by rung (docs/kernels.md); `make ladder RUNGS="6 8"` climbs some.
 ladder: $(VENV)/.installed
-	$(BIN)/python tests/ladder.py
+	$(BIN)/python tests/ladder.py $(RUNGS)
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
