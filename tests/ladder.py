@@ -38,7 +38,8 @@ LADDER = [
     Rung("6a", "each seeded bug in the CUDA kernels is seen", ("tests/mutations/cuda.py",)),
     Rung("6b", "each seeded bug in Triton's kernels is seen", ("tests/mutations/triton.py",)),
     Rung("7", "machine code for six architectures: no spills, floors reached", (*TEST, "tests/codegen"), True),
-    Rung("8", "launchers, and benchmarks up to the GPU", (*TEST, "tests/cuda/test_launchers.py", *BENCHMARKS)),
+    Rung("8a", "launchers, and benchmarks up to the GPU", (*TEST, "tests/cuda/test_launchers.py", *BENCHMARKS)),
+    Rung("8b", "the GPU's tests run, emulated", (*TEST, "tests/gpu")),
 ]
 
 
@@ -67,7 +68,7 @@ def main() -> int:
 def environment() -> dict[str, str]:
     """Scripts find what tests share; PYTHONSAFEPATH keeps the sources from being imported for what is installed."""
     path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "LLMBUILDER_GPU_DRY_RUN": "1"}
 
 
 if __name__ == "__main__":
