@@ -108,7 +108,7 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     cross_entropy_kernel(T* logits, int64_t stride, int64_t columns, const int64_t* targets, const float* row_weights,
                          float softcap, bool need_grad, bool vector, float* losses, int64_t* predictions) {
-  SHARED(shared, Softmax[THREADS / LANES]);
+  SHARED(shared, Softmax[THREADS / WARP]);
   const int64_t i = blockIdx.x, target = load(targets + i);
   const Row<T> row{logits + i * stride, columns, softcap, vector};
   const float at_target = Capped(to_float(load(row.logits + target)), softcap).z;  // before anybody writes there

@@ -34,6 +34,8 @@
 
 namespace llmbuilder::gpu {
 
+constexpr int WARP = 32;  // threads of a warp
+
 // --------------------------------------------------------------------------------------------------- bits and elements
 
 HD uint32_t as_uint(float value) {

@@ -69,7 +69,7 @@ DEVICE void each_eight(const Chunk& chunk, F f) {
 /// WEIGHTED: by F; else F is one. Products in float; values are summed in double, from the first on.
 template <class T, bool WEIGHTED>
 __global__ void __launch_bounds__(THREADS) penalty_kernel(Table table, float strength, double* partials) {
-  SHARED(shared, double[THREADS / LANES]);
+  SHARED(shared, double[THREADS / WARP]);
   const Chunk chunk = find_chunk(table);
   const T *theta = (const T*)chunk.tensor.theta, *anchor = (const T*)chunk.tensor.anchor;
   const T* fisher = (const T*)chunk.tensor.fisher;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(THREADS) penalty_kernel(Table table, float str
 
 /// value = factor * (partials[0] + ... + partials[n - 1]), by one block.
 __global__ void __launch_bounds__(THREADS) sum_kernel(const double* partials, int64_t n, double factor, double* value) {
-  SHARED(shared, double[THREADS / LANES]);
+  SHARED(shared, double[THREADS / WARP]);
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += THREADS) sum += load(partials + i);
   sum = block_sum<THREADS>(sum, shared);

@@ -21,7 +21,6 @@
 
 namespace llmbuilder::gpu {
 
-constexpr int WARP = 32;
 constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8;  // of D
 constexpr int DEPTH = 32;                      // columns that a quad of lanes owns, eight each: the depth of multiply()
 

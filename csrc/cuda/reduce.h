@@ -4,8 +4,6 @@
 
 namespace llmbuilder::gpu {
 
-constexpr int LANES = 32;  // threads of a warp
-
 /// The value of the lane `distance` further on, word by word: for any trivially copyable type.
 template <class T>
 DEVICE T shuffle_down(const T& value, int distance) {
@@ -24,14 +22,14 @@ DEVICE T shuffle_down(const T& value, int distance) {
 /// barrier.
 template <int THREADS, class T, class Combine>
 DEVICE T block_reduce(T value, T* shared, Combine combine) {
-  static_assert(THREADS % LANES == 0 && THREADS <= 1024, "whole warps");
+  static_assert(THREADS % WARP == 0 && THREADS <= 1024, "whole warps");
 #pragma unroll
-  for (int distance = LANES / 2; distance; distance /= 2) value = combine(value, shuffle_down(value, distance));
-  if (threadIdx.x % LANES == 0) shared[threadIdx.x / LANES] = value;
+  for (int distance = WARP / 2; distance; distance /= 2) value = combine(value, shuffle_down(value, distance));
+  if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = value;
   __syncthreads();
   T result = shared[0];
 #pragma unroll
-  for (int warp = 1; warp < THREADS / LANES; warp++) result = combine(result, shared[warp]);
+  for (int warp = 1; warp < THREADS / WARP; warp++) result = combine(result, shared[warp]);
   return result;
 }
 
