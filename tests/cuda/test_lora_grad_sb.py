@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpusim.harness import poisoned
-from gpusim.matrices import LAYOUTS, guarded, laid_out
+from gpusim.matrices import LAYOUTS, check_bits, guarded, laid_out
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -76,13 +76,7 @@ def test_errs_no_more_than_torch(emulator, check_error, M, N, r, scaling, math, 
 @pytest.mark.parametrize("math", ["bf16", "f32", "tf32"])
 @pytest.mark.parametrize("r", [16, 40, 256])
 def test_neither_schedule_nor_layout_nor_another_call_changes_a_bit(cuda, math, r):
-    operands = inputs(300, 150, r, math)
-    expected = grad_sb(*operands, 0.7, math)
-    for schedule in range(8):
-        cuda.schedule(schedule)
-        layout = LAYOUTS[schedule % 4]
-        found = grad_sb(*(laid_out(t, layout) for t in operands), 0.7, math, layout)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (schedule, layout)
+    check_bits(cuda, lambda layout, *t: grad_sb(*t, 0.7, math, layout), inputs(300, 150, r, math))
 
 
 @pytest.mark.parametrize("r", [8, 40, 300])

@@ -31,6 +31,16 @@ def guarded(rows: int, columns: int, dtype: torch.dtype, layout: str = "plain") 
     return view(memory), check
 
 
+def check_bits(emulator, compute: Callable[..., tuple[Tensor, ...]], operands: tuple[Tensor, ...]) -> None:
+    """compute(layout, *operands) has the same bits in every layout, under every schedule, call after call."""
+    expected = compute("plain", *operands)
+    for schedule in range(8):
+        emulator.schedule(schedule)
+        layout = LAYOUTS[schedule % len(LAYOUTS)]
+        found = compute(layout, *(laid_out(t, layout) for t in operands))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (schedule, layout)
+
+
 def far_apart(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A poisoned matrix whose last row begins beyond 2**32 elements; between the rows nothing is ever touched."""
     stride = 8 * (2**29 // (rows - 1) + 1)
