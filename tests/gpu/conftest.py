@@ -4,16 +4,13 @@
 it shows that the tests themselves work.
 """
 
-import os
-
 import pytest
 import torch
+from gpu.place import DRY
 from gpusim.build import build
 from gpusim.harness import Emulator
 
 from llmbuilder.ops import _backend
-
-DRY = os.environ.get("LLMBUILDER_GPU_DRY_RUN") == "1"
 
 
 def backends():

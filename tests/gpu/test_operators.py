@@ -1,17 +1,14 @@
 """The operators on a real GPU: what the emulator and the interpreter show without one."""
 
-import os
-
 import pytest
 import torch
+from gpu.place import DEVICE, DRY
 from torch.nn import functional as F
 
 from llmbuilder import doctor, ops
 from llmbuilder.ops import _backend, reference
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
-DRY = os.environ.get("LLMBUILDER_GPU_DRY_RUN") == "1"  # see conftest.py
-DEVICE = torch.device("cpu" if DRY else "cuda")
 
 
 def normal(*shape, dtype=torch.float32):
