@@ -17,6 +17,15 @@ os.environ["LLMBUILDER_CACHE"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["LLMBUILDER_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def check_error():
     """check(out, same_dtype, exact): the largest error is at most twice torch's in the same dtype, plus one last place.

@@ -1,7 +1,7 @@
 """Tiny models and data, and one way to train them."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +15,8 @@ VOCABULARY = 31
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def tiny_models(one_thread: None) -> None:
     """The models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
