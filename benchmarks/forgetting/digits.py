@@ -18,14 +18,14 @@ from llmbuilder.methods import EWC, L2, Methods, Replay, Run
 from llmbuilder.methods.fisher import Scores, diagonal_fisher
 
 TASKS, HIDDEN, DROPOUT = 5, (2000, 400), 0.2
-EPOCHS, BATCH, RATE, MOMENTUM, CLIP = 15, 64, 0.02, 0.9, 1.0
+EPOCHS, BATCH, RATE, MOMENTUM, CLIP = 15, 64, 0.05, 0.9, 1.0
 TEST_SHARE = 0.25
 KINDS = ("mlp",)
 PANELS = {"average": "average accuracy after five tasks", "last": "accuracy on the last task"}
 METHODS = ("none", "ewc", "online ewc", "l2", "replay", "joint")
 GRID = {
-    "ewc": [{"strength": s} for s in (30.0, 100.0, 200.0, 300.0, 500.0)],
-    "online ewc": [{"strength": s, "decay": d} for s in (100.0, 200.0, 300.0) for d in (0.8, 1.0)],
+    "ewc": [{"strength": s} for s in (30.0, 100.0, 300.0, 500.0)],
+    "online ewc": [{"strength": s, "decay": d} for s in (100.0, 300.0, 500.0) for d in (0.8, 1.0)],
     "l2": [{"strength": s} for s in (0.003, 0.01, 0.03, 0.1)],
     "replay": [{"size": 500, "frequency": f} for f in (0.25, 0.5)],
 }
@@ -46,8 +46,11 @@ def measure(name: str, kind: str, method: str, settings: dict, seed: int, small:
 
 
 def is_matched(last: float, plain: float) -> bool:
-    """Whether the last task is learnt as well as by plain training: within two points of accuracy."""
-    return last >= plain - 0.02
+    """Whether the last task is learnt about as well as by plain training.
+
+    The report allows two points of accuracy; one seed's search keeps a margin to that.
+    """
+    return last >= plain - 0.015
 
 
 def run(seed: int, name: str, settings: dict, epochs: int = EPOCHS) -> np.ndarray:

@@ -14,6 +14,7 @@ EWC, L2 and replay are for the earlier tasks, KL for the drift. Every run is the
 
 import ast
 import dataclasses
+import functools
 import itertools
 import pathlib
 import random
@@ -67,14 +68,16 @@ class Scale:
     instruction: str
     train: int  # examples of a task
     held_out: int
+    epochs: int
     settings: dict[str, dict[str, Any]]  # by kind
 
 
 SCALES = {
     "native": Scale(
         "good or bad?",
-        1200,
+        800,
         300,
+        2,
         {
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 3e-3},
             "full": {"use_lora": False, "learning_rate": 1e-3},
@@ -82,8 +85,9 @@ SCALES = {
     ),
     "smollm2": Scale(
         "Is this sentence positive or negative? Answer with one word.",
-        480,
-        200,
+        160,
+        100,
+        1,
         {
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 2e-4},
             "full": {"use_lora": False, "learning_rate": 2e-5},
@@ -91,7 +95,6 @@ SCALES = {
     ),
 }
 COMMON = {
-    "num_epochs": 2,
     "batch_size": 16,
     "warmup_steps": 5,
     "max_seq_length": 160,
@@ -116,13 +119,12 @@ def measure(name: str, kind: str, method: str, settings: dict[str, Any], seed: i
     """The measures of one sequence of tasks."""
     scale, model = SCALES[name], base(name)
     if small:
-        scale = dataclasses.replace(scale, train=32, held_out=20)
-    unrelated = answered(model, prompts(name))
-    before = log_probabilities(model, unrelated)
+        scale = dataclasses.replace(scale, train=32, held_out=20, epochs=1)
+    unrelated, before = said_before(name)
     stages = tasks(scale, seed)
     previous, learned = None, []
     for data, held_out in stages:
-        config = FineTuningConfig(**COMMON, **scale.settings[kind], **settings, seed=seed)
+        config = FineTuningConfig(**COMMON, num_epochs=scale.epochs, **scale.settings[kind], **settings, seed=seed)
         tuner = FineTuner(
             model, messages_of(data, scale), messages_of(held_out[:50], scale), config, continue_from=previous
         )
@@ -229,6 +231,14 @@ QUESTIONS = {
     "What do people do with a {}?": "hammer pen cup chair knife broom lamp ladder rope bucket",
     "Spell the word {} backwards.": "cat dog sun pen map net top bus red tip",
 }
+
+
+@functools.cache
+def said_before(name: str) -> tuple[list[dict[str, list[int]]], torch.Tensor]:
+    """The base model's answers, and its log probabilities of every token there; once a process."""
+    model = base(name)
+    examples = answered(model, prompts(name))
+    return examples, log_probabilities(model, examples)
 
 
 @torch.no_grad()

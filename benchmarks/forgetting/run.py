@@ -14,12 +14,13 @@ import json
 import multiprocessing
 import os
 import pathlib
-import statistics
 import sys
 import time
 import warnings
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -161,9 +162,9 @@ def order(name: str, key: tuple[str, str]) -> tuple[int, int]:
 
 
 def mean_and_deviation(measure: str, runs: list[dict[str, float]]) -> list[tuple[str, float]]:
-    values = [run[measure] for run in runs]
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return [(measure, round(statistics.mean(values), 4)), (f"{measure} sd", round(deviation, 4))]
+    values = np.array([run[measure] for run in runs])
+    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+    return [(measure, round(float(values.mean()), 4)), (f"{measure} sd", round(float(deviation), 4))]
 
 
 def draw(name: str, rows: list[dict[str, Any]]) -> None:
