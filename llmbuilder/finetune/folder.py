@@ -76,5 +76,5 @@ class RunFolder:
             return None
         needed = {entry.name for entry in fields(Results)} - {"history"}
         whole = isinstance(values, dict) and needed <= values.keys()
-        exported = (self.path / "adapter").is_dir() or (self.path / "model").is_dir()
+        exported = any((self.path / name).is_dir() for name in ("adapter", "adapters", "model"))
         return values if whole and exported else None

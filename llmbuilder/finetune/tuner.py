@@ -307,6 +307,7 @@ class FineTuner:
         if self.folder is not None and saved is not None:
             self._past = Past.load(self.folder.past)
             self.methods.load_past(self._past.methods)
+            self._task_ended = True
             return Results.from_dict(saved, rows)
         self.end_task()
         base = perplexity(progress.base_loss)

@@ -1,6 +1,7 @@
 """A small training run that a test can start in a process of its own, and that can kill itself at a disk operation."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -115,3 +116,26 @@ def train_until_saving(folder: Path, die_at: int, **settings: Any) -> None:
     Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
     tuner.save_checkpoint = save
     train(folder, resume=True, **settings)
+
+
+class Processes:
+    """Starts runs in processes forked from one that has loaded the libraries."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        libraries = [
+            "llmbuilder.finetune.tuner",
+            "torch.utils.tensorboard",
+            "torch._dynamo",
+            "matplotlib.backends.backend_agg",
+        ]
+        self.context.set_forkserver_preload(libraries)
+
+    def run(self, target: Callable[..., Any], *args: Any, **settings: Any) -> int:
+        process = self.context.Process(target=target, args=args, kwargs=settings)
+        process.start()
+        process.join(300)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode

@@ -1,11 +1,9 @@
 """A run that was cut off and resumed equals one that never stopped, bit for bit."""
 
 import json
-import multiprocessing
 import random
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,34 +66,16 @@ def stopped_after(whole: Path, folder: Path, step: int) -> Path:
     return folder
 
 
-class Processes:
-    """Starts runs in processes forked from one that has loaded the libraries."""
-
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        libraries = ["llmbuilder.finetune.tuner", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
-        self.context.set_forkserver_preload(libraries)
-
-    def run(self, target: Callable[..., Any], *args: Any, **settings: Any) -> int:
-        process = self.context.Process(target=target, args=args, kwargs=settings)
-        process.start()
-        process.join(300)
-        process.kill()
-        process.join()
-        assert process.exitcode is not None
-        return process.exitcode
-
-
 @pytest.fixture(scope="module")
-def processes() -> Processes:
-    return Processes()
+def processes() -> crashing.Processes:
+    return crashing.Processes()
 
 
 # Twenty kills; each run goes on from what the last one left
 
 
 @pytest.mark.parametrize("chain", [0, 1])
-def test_killed_four_times_inside_saves(whole: Path, tmp_path: Path, processes: Processes, chain: int) -> None:
+def test_killed_four_times_inside_saves(whole: Path, tmp_path: Path, processes: crashing.Processes, chain: int) -> None:
     draw = random.Random(chain)
     operations = [draw.randint(1, 14) for _ in range(4)]
     codes = [processes.run(crashing.train_until_saving, tmp_path / "run", number) for number in operations]
@@ -105,7 +85,9 @@ def test_killed_four_times_inside_saves(whole: Path, tmp_path: Path, processes: 
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_killed_six_times_at_random_moments(whole: Path, tmp_path: Path, processes: Processes, lora: bool) -> None:
+def test_killed_six_times_at_random_moments(
+    whole: Path, tmp_path: Path, processes: crashing.Processes, lora: bool
+) -> None:
     settings = LORA if lora else {}
     wanted, calls = tmp_path / "whole", processes.context.Value("q", 0)
     assert processes.run(crashing.count_calls, wanted, calls, **settings) == 0
