@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import llmbuilder as lb
 from llmbuilder.cli import COMMANDS, main
@@ -87,8 +88,6 @@ def refused(capfd, words: list[str], status: int) -> str:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "adapter_model.safetensors")
 
 
@@ -113,6 +112,40 @@ def test_the_command_line_trains_as_the_api_does_bit_for_bit(home, run):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert any(mine[name].any() for name in mine if "lora_B" in name)
     assert results.final_perplexity == json.loads((run / "results.json").read_text())["final_perplexity"]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "all weights"])
+def test_continue_from_trains_as_the_api_does_bit_for_bit(home, tmp_path, lora):
+    """Weights, optimizer, Fisher information, anchors and buffer; without the earlier run they come out otherwise."""
+    settings = RUN_SETTINGS if lora else {name: RUN_SETTINGS[name] for name in RUN_SETTINGS if "lora" not in name}
+    settings = settings | {"use_lora": lora, "max_steps": 3, "general_tokens": 64, "continual_learning": True}
+    settings |= {"regularization_method": "ewc", "regularization_strength": 5.0}
+    settings |= {"memory_buffer_size": 3, "replay_frequency": 0.25}
+    (tmp_path / "second.txt").write_text("Wer reitet so spät durch Nacht und Wind? " * 20)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert finetune(home, "--output", str(first), *flags(settings)) == 0
+    given = ["--dataset", f"{tmp_path}/second.txt", *flags(settings)]
+    assert finetune(home, *given, "--output", str(second), "--continue-from", str(first)) == 0
+    assert finetune(home, *given, "--output", f"{tmp_path}/alone") == 0
+
+    config = FineTuningConfig(**settings, output_dir=tmp_path / "api")
+    data = load_dataset(tmp_path / "second.txt", config)
+    FineTuner(lb.load_model(home / "model"), data, config=config, continue_from=first).train()
+
+    def written(folder: Path) -> dict[str, torch.Tensor]:
+        files = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+        files += [*(folder / "checkpoints/step-3").glob("*.safetensors"), folder / "past/methods.safetensors"]
+        return {f"{path.name} {name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+    mine, theirs, alone = written(second), written(tmp_path / "api"), written(tmp_path / "alone")
+    assert mine.keys() == theirs.keys() and any("fisher/" in name for name in mine)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert any(not torch.equal(mine[name], alone[name]) for name in mine if name.startswith(("adapter", "model")))
+    state, same, other = (
+        json.loads((folder / "past/state.json").read_text())
+        for folder in (second, tmp_path / "api", tmp_path / "alone")
+    )
+    assert state == same != other and len(state["tasks"]) == 2
 
 
 def test_a_run_prints_its_data_its_results_and_how_to_chat(home, tmp_path, capfd):
