@@ -30,7 +30,7 @@ class TaskAdapters:
 
     def prepare(self, run: Run) -> None:
         there = list_adapters(run.model)
-        for task in tasks_of(run).tasks:
+        for task in sorted(tasks_of(run).tasks):  # as a folder lists them
             if task not in there:
                 add_lora(run.model, self.config, task)
         for wrapper in wrappers(run.model):
@@ -67,8 +67,8 @@ class MultiTask:
         for name in self.weights:
             self._check(name, "task_weights")
         if self.heads:
-            there, wanted = find_heads(run.model), list(self._tasks.tasks)
-            if there is not None and there.tasks != wanted:
+            there, wanted = find_heads(run.model), sorted(self._tasks.tasks)  # as a file lists them
+            if there is not None and sorted(there.tasks) != wanted:
                 raise ConfigError(
                     f"the model has heads for {there.tasks}, and the data are of {wanted}: name the same tasks"
                 )

@@ -124,11 +124,11 @@ def load_heads(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise LLMBuilderError(f"{path} can't be read: {error}") from None
-    tasks = list(dict.fromkeys(key.rpartition("/")[0] for key in tensors))
+    tasks = sorted({key.rpartition("/")[0] for key in tensors})
     heads = find_heads(model)
-    if heads is None or heads.tasks != tasks:
+    if heads is None or sorted(heads.tasks) != tasks:
         heads = add_heads(model, tasks)
-    for task, head in zip(tasks, heads.heads, strict=True):
+    for task, head in zip(heads.tasks, heads.heads, strict=True):
         values = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == task}
         try:
             head.load_state_dict(values)

@@ -38,7 +38,7 @@ PLACES = BETWEEN | {
 CASES: dict[str, tuple[killing.Program, dict[str, Any]]] = {
     "command line": (killing.by_command_line, {}),
     "python": (killing.by_python, {}),
-    "heads and adapters": (killing.by_python, killing.OF_TASKS),
+    "heads and adapters": (killing.by_command_line, killing.OF_TASKS),
 }
 KILLS = [(case, place) for case in CASES for place in (PLACES if case == "command line" else BETWEEN)]
 
