@@ -39,8 +39,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what saves that a crash cut short left in a folder."""
-    for pattern in (".*.new", ".*.old"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what saves under a name, or under any, left in a folder when a crash cut them short."""
+    for pattern in (f".{name}.*.new", f".{name}.*.old"):
         for leftover in folder.glob(pattern):
             remove(leftover)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LLMBuilderError
-from .files import remove, write_text
+from .files import remove, remove_leftovers, write_text
 from .results import Results
 
 CONTENT = (
@@ -64,12 +64,19 @@ class RunFolder:
                 remove(self.path / name)
         write_text(self.path / "config.yaml", MARK + config_yaml)
 
+    def tidy(self) -> None:
+        """Remove what a crash left half written: a run that goes on writes it again."""
+        for name in CONTENT:
+            remove_leftovers(self.path, name)
+        remove_leftovers(self.path / "adapters")
+
     def save_results(self, values: dict[str, Any]) -> None:
         """results.json, the last file of a run: where it is, the run is over."""
         write_text(self.path / "results.json", json.dumps(values, indent=1) + "\n")
 
     def results(self) -> dict[str, Any] | None:
-        """What results.json holds; None while the run is not over, or where that file or what was trained is lost."""
+        """What results.json holds; None while the run is not over, or where that file, what was trained or the past is
+        lost."""
         try:
             values = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -77,4 +84,4 @@ class RunFolder:
         needed = {entry.name for entry in fields(Results)} - {"history"}
         whole = isinstance(values, dict) and needed <= values.keys()
         exported = any((self.path / name).is_dir() for name in ("adapter", "adapters", "model"))
-        return values if whole and exported else None
+        return values if whole and exported and self.past.is_dir() else None

@@ -284,10 +284,12 @@ class FineTuner:
 
     def _start(self) -> None:
         """Go on from a checkpoint, or from the base model, which is judged first."""
-        path = newest_checkpoint(self.folder.checkpoints) if self.folder and self._resume else None
-        if path is not None:
-            self._restore(path)
-            return
+        if self.folder and self._resume:
+            self.folder.tidy()
+            path = newest_checkpoint(self.folder.checkpoints)
+            if path is not None:
+                self._restore(path)
+                return
         if self.folder:
             self.folder.begin(self.config.to_yaml())
         self.progress.base_loss = self.judge.score(self.val_dataset).loss

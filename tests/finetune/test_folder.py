@@ -65,8 +65,10 @@ def test_results_count_where_they_are_whole_and_what_was_trained_is_there(tmp_pa
     folder = RunFolder(tmp_path, resume=False, overwrite=False)
     assert folder.results() is None
     folder.save_results(values)
-    assert folder.results() is None  # a run that was over has an adapter or a model
+    assert folder.results() is None  # a run that was over has an adapter or a model, and a past
     (tmp_path / "adapter").mkdir()
+    assert folder.results() is None
+    folder.past.mkdir()
     assert folder.results() == values
     for damaged in ('{"base', "[]", "{}", '{"base_perplexity": 1.5}'):
         (tmp_path / "results.json").write_text(damaged)

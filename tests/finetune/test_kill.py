@@ -17,7 +17,7 @@ import crashing
 import killing
 from killing import STEPS
 
-TUNER, CHECKPOINT = "llmbuilder.finetune.tuner", "llmbuilder.finetune.checkpoint"
+TUNER, CHECKPOINT, PEFT = "llmbuilder.finetune.tuner", "llmbuilder.finetune.checkpoint", "llmbuilder.nn.peft_format"
 SAVES = 3
 """Checkpoints of a task: after steps 2, 4 and 5."""
 SAVING = [(TUNER, "save_checkpoint", SAVES + 2)]
@@ -26,21 +26,27 @@ BETWEEN = {
     "before the second task is set up": [(f"{TUNER}:FineTuner", "__init__", 2)],
     "before its first step": [(f"{TUNER}:FineTuner", "_step", STEPS + 1)],
 }
-PLACES = BETWEEN | {
+WITHIN = {
     "before the first task is counted as past": [(f"{TUNER}:FineTuner", "end_task", 1)],
-    "while the past is written": [(f"{TUNER}:Past", "save", 1), (CHECKPOINT, "save_file", 1)],
+    "while the past is written": [(f"{TUNER}:Past", "save", 1), (CHECKPOINT, "file_hash", 1)],
     "before the weights are written": [(f"{TUNER}:Methods", "export", 1)],
     "in the middle of the second task": [(f"{TUNER}:FineTuner", "_clip", STEPS + 3)],
     "while a checkpoint is written": [*SAVING, (CHECKPOINT, "save_file", 3)],
     "while its manifest is made": [*SAVING, (CHECKPOINT, "file_hash", 4)],
     "before it has its name": [*SAVING, ("pathlib:Path", "replace", 1)],
 }
+PLACES = {
+    "command line": BETWEEN | WITHIN,
+    "python": BETWEEN | {"while its past gets a name": [(f"{TUNER}:Past", "save", 2), ("pathlib:Path", "replace", 1)]},
+    "heads and adapters": BETWEEN
+    | {"before an adapter is written": [(f"{TUNER}:Methods", "export", 1), (PEFT, "save_file", 2)]},
+}
 CASES: dict[str, tuple[killing.Program, dict[str, Any]]] = {
     "command line": (killing.by_command_line, {}),
     "python": (killing.by_python, {}),
     "heads and adapters": (killing.by_command_line, killing.OF_TASKS),
 }
-KILLS = [(case, place) for case in CASES for place in (PLACES if case == "command line" else BETWEEN)]
+KILLS = [(case, place) for case, places in PLACES.items() for place in places]
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def test_killed_and_started_again_it_leaves_the_same(
     home: Path, tmp_path: Path, processes: crashing.Processes, whole: Any, case: str, place: str
 ) -> None:
     (program, settings), wanted = CASES[case], whole(case)
-    assert processes.run(killing.run, program, home, tmp_path / "run", *PLACES[place], **settings) == -9
+    assert processes.run(killing.run, program, home, tmp_path / "run", *PLACES[case][place], **settings) == -9
     assert differences(contents(tmp_path / "run"), wanted)
     killing.run(program, home, tmp_path / "run", **settings)
     assert differences(contents(tmp_path / "run"), wanted) == []
