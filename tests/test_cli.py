@@ -19,9 +19,11 @@ import llmbuilder as lb
 from llmbuilder.cli import COMMANDS, main
 from llmbuilder.data import load_dataset
 from llmbuilder.finetune import FineTuner, FineTuningConfig
+from llmbuilder.finetune.judge import Judge
+from llmbuilder.finetune.loader import Loader
 from llmbuilder.finetune.settings import rows
 from llmbuilder.models import GPT, GPTConfig, byte_tokenizer, end_ids, generate
-from llmbuilder.nn import load_adapter
+from llmbuilder.nn import load_adapter, load_heads, use_head
 
 TEXT = "The cat sat on the mat. The dog sat on the log. " * 20
 RUN_SETTINGS = {
@@ -495,6 +497,94 @@ def test_merge_writes_a_model_that_says_the_same(home, run, tmp_path, capfd):
         assert not torch.allclose(merged(ids).logits, lb.load_model(home / "model")(ids).logits, atol=1e-2)
     assert "--overwrite" in refused(capfd, words, 1)
     assert main([*words, "--overwrite"]) == 0
+
+
+# Tasks with a head or an adapter of their own
+
+TASKS = {
+    "heads, one adapter": {},
+    "heads, all weights": {"use_lora": False},
+    "an adapter each": {"shared_encoder": False},
+}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def of_tasks(request, home) -> tuple[Path, list[str]]:
+    """The folder of a run of two tasks, and the words that name what it trained."""
+    folder = home / request.param
+    folder.mkdir()
+    for name in ("cats", "dogs"):
+        (folder / f"{name}.txt").write_text(f"The {name} sat on the mat. " * 12)
+    data = folder / "tasks.yaml"
+    data.write_text("".join(f"- {{name: {name}, data: {name}.txt, share: 1}}\n" for name in ("dogs", "cats")))
+    settings = {"use_lora": True, "multi_task": True, "learning_rate": 0.05, "max_seq_length": 16, "max_steps": 4}
+    settings |= TASKS[request.param]
+    settings |= {} if "shared_encoder" in settings else {"task_specific_heads": True}
+    assert finetune(home, "--dataset", str(data), "--output", f"{folder}/run", *flags(settings)) == 0
+    name = "model" if settings["use_lora"] is False else "adapters" if "shared_encoder" in settings else "adapter"
+    words = ["--model", f"{folder}/run/model"] if name == "model" else ["--model", f"{home}/model", "--adapter"]
+    return folder, words if name == "model" else [*words, f"{folder}/run/{name}"]
+
+
+@pytest.mark.parametrize("task", ["cats", "dogs"])
+def test_task_serves_what_a_task_has_of_its_own(of_tasks, task, home, capfd):
+    """As loaded by hand, from evaluate and generate."""
+    folder, words = of_tasks
+    run = folder / "run"
+    model = lb.load_model(run / "model" if (run / "model").exists() else home / "model")
+    if (run / "adapter").exists():
+        load_adapter(model, run / "adapter")
+    if (run / "adapters").exists():
+        load_adapter(model, run / "adapters" / task)
+    if (run / "heads").exists():
+        load_heads(model, run / "heads")
+        use_head(model, task)
+    config = FineTuningConfig(batch_size=4, max_seq_length=16)
+    wanted = Judge(model, Loader(model, config)).evaluate(load_dataset(folder / f"{task}.txt", config))
+    settings = ["--batch-size", "4", "--max-seq-length", "16", "--json"]
+
+    def judged(data: str, task: str) -> dict:
+        capfd.readouterr()
+        assert main(["evaluate", *words, "--dataset", f"{folder}/{data}", *settings, "--task", task]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    assert judged(f"{task}.txt", task) == judged("tasks.yaml", task)
+    assert judged("tasks.yaml", task)["loss"] == wanted.loss
+    other = {"cats": "dogs", "dogs": "cats"}[task]
+    assert judged(f"{task}.txt", other)["loss"] != wanted.loss
+    (tokens,) = generate(model, [model.tokenizer("The c")["input_ids"]], 6, stop_ids=end_ids(model))
+    assert main(["generate", *words, "--prompt", "The c", "--max-new-tokens", "6", "--task", task]) == 0
+    assert capfd.readouterr().out == f"{model.tokenizer.decode(tokens, skip_special_tokens=True)}\n"
+
+
+def test_a_run_of_tasks_says_how_to_chat_for_one(of_tasks, home, capfd, monkeypatch):
+    folder, words = of_tasks
+    words_of_run = ["finetune", "model", "--model", f"{home}/model", "--dataset", f"{folder}/tasks.yaml", "--resume"]
+    assert main([*words_of_run, "--config", f"{folder}/run/config.yaml"]) == 0
+    chat = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    assert chat == ["llmbuilder", "chat", *words, "--task", "cats"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    assert main([*chat[1:], "--max-new-tokens", "2"]) == 0
+
+
+def test_an_unknown_task_is_told_with_those_there_are(of_tasks, home, run, capfd):
+    _, words = of_tasks
+    for command in (["generate", "--prompt", "a"], ["chat"]):
+        told = refused(capfd, [*command, *words, "--task", "cat"], 1)
+        assert "no task is called 'cat'; did you mean 'cats'?" in told and "['cats', 'dogs']" in told
+    plain = ["--model", f"{home}/model", "--adapter", f"{run}/adapter"]
+    for model in (plain, plain[:2]):
+        assert "nothing of a task 'cats'" in refused(capfd, ["chat", *model, "--task", "cats"], 1)
+    if words[-1].endswith("adapters"):
+        told = refused(capfd, ["chat", *words], 1)
+        assert "--task" in told and "['cats', 'dogs']" in told
+
+
+def test_a_task_that_the_data_lack_is_refused(of_tasks, capfd):
+    folder, words = of_tasks
+    (folder / "others.yaml").write_text("- {name: dogs, data: dogs.txt, share: 1}\n")
+    command = ["evaluate", *words, "--dataset", f"{folder}/others.yaml", "--max-seq-length", "16", "--task", "cats"]
+    assert "the data: no task is called 'cats'" in refused(capfd, command, 1)
 
 
 def test_evaluate_says_what_the_api_says(home, run, capfd):

@@ -8,7 +8,9 @@ from typing import Any
 from ..errors import LLMBuilderError
 from .model import Sampler, model_arguments, open_model, sampling_arguments
 
-USAGE = "--model PATH [--adapter FOLDER] [--system TEXT] [--max-new-tokens N] [--temperature T] [--seed N]"
+USAGE = (
+    "--model PATH [--adapter FOLDER] [--task NAME] [--system TEXT] [--max-new-tokens N] [--temperature T] [--seed N]"
+)
 
 
 def arguments(parser: ArgumentParser) -> None:

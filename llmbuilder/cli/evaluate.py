@@ -8,7 +8,7 @@ from ..finetune.settings import rows
 from .model import model_arguments, open_model
 from .settings import add_settings, read_config
 
-USAGE = "--model PATH [--adapter FOLDER] --dataset PATH [--json] [settings]"
+USAGE = "--model PATH [--adapter FOLDER] [--task NAME] --dataset PATH [--json] [settings]"
 
 # The settings that bear on how data are read and batched.
 SETTINGS = (
@@ -29,12 +29,14 @@ def run(args: Namespace) -> int:
     """Judge the model and print how it did."""
     config = read_config(args)
 
-    from ..data import load_dataset
+    from ..data import MultiTaskDataset, load_dataset
     from ..finetune.judge import Judge
     from ..finetune.loader import Loader
 
     dataset = load_dataset(args.dataset, config)
     model = open_model(args)
+    if args.task and isinstance(dataset, MultiTaskDataset):
+        dataset = dataset.part(args.task)
     results = Judge(model, Loader(model, config)).evaluate(dataset)
     values = {
         "loss": results.loss,

@@ -81,7 +81,9 @@ def _summary(results: "Results") -> str:
 
 
 def _chat_command(model: str, output: Path) -> str:
-    adapters = [output / "adapter", *sorted(output.glob("adapters/*"))]
-    adapter = next((folder for folder in adapters if folder.is_dir()), None)
+    from ..nn import list_tasks
+
+    adapter = next((output / name for name in ("adapter", "adapters") if (output / name).is_dir()), None)
     tuned = ["--model", str(output / "model")] if adapter is None else ["--model", model, "--adapter", str(adapter)]
-    return shlex.join(["llmbuilder", "chat", *tuned])
+    task = [word for name in list_tasks(output)[:1] for word in ("--task", name)]
+    return shlex.join(["llmbuilder", "chat", *tuned, *task])

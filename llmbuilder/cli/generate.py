@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 from .model import Sampler, model_arguments, open_model, sampling_arguments
 
-USAGE = "--model PATH [--adapter FOLDER] --prompt TEXT [--max-new-tokens N] [--temperature T] [--seed N]"
+USAGE = "--model PATH [--adapter FOLDER] [--task NAME] --prompt TEXT [--max-new-tokens N] [--temperature T] [--seed N]"
 
 
 def arguments(parser: ArgumentParser) -> None:

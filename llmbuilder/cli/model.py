@@ -9,13 +9,22 @@ from ..errors import LLMBuilderError
 
 
 def model_arguments(parser: ArgumentParser, adapter_required: bool = False) -> None:
-    """--model and --adapter."""
+    """--model, --adapter and --task; no task where an adapter is required."""
     parser.add_argument(
         "--model", required=True, metavar="path", help="native checkpoint, Hugging Face folder or hub id, or GGUF file"
     )
     parser.add_argument(
         "--adapter", required=adapter_required, metavar="folder", help="an adapter in PEFT's format, as a run leaves it"
     )
+    if adapter_required:
+        parser.set_defaults(task=None)
+    else:
+        parser.add_argument(
+            "--task",
+            metavar="name",
+            help="serve this task of a run with heads or adapters of tasks: its heads/ lie beside the folder that "
+            "--adapter (else --model) names, and for adapters of tasks --adapter names all of them: RUN/adapters",
+        )
 
 
 def sampling_arguments(parser: ArgumentParser, max_new_tokens: int) -> None:
@@ -39,7 +48,8 @@ def sampling_arguments(parser: ArgumentParser, max_new_tokens: int) -> None:
 
 
 def open_model(args: Namespace) -> Any:
-    """The model of --model with the adapter of --adapter, in evaluation mode, on this process's kept memory."""
+    """The model of --model with the adapter of --adapter and what --task has of its own, in evaluation mode, on this
+    process's kept memory."""
     if args.adapter and not Path(args.adapter).is_dir():
         raise LLMBuilderError(f"{args.adapter}: no such folder; --adapter takes the folder adapter/ of a run")
 
@@ -51,10 +61,16 @@ def open_model(args: Namespace) -> Any:
     model = load_model(args.model)
     if model.tokenizer is None:
         raise LLMBuilderError(f"{args.model}: the model has no tokenizer, so no text goes in or out")
-    if args.adapter:
-        from ..nn import load_adapter
+    from ..nn import list_tasks, load_adapter, load_task
 
+    run = Path(args.adapter or args.model).absolute().parent
+    of_tasks = bool(args.adapter) and Path(args.adapter).absolute() == run / "adapters"
+    if of_tasks and not args.task:
+        raise LLMBuilderError(f"{args.adapter} holds an adapter for each task: choose by --task, of {list_tasks(run)}")
+    if args.adapter and not of_tasks:
         load_adapter(model, args.adapter)
+    if args.task:
+        load_task(model, run, args.task)
     return model.eval()
 
 

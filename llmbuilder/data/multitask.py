@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from ..errors import ConfigError, LLMBuilderError
+from ..errors import ConfigError, LLMBuilderError, nearest
 from .examples import Example, GenerationPair, Tokenizer
 from .report import DataReport
 from .split import split
@@ -49,6 +49,13 @@ class MultiTaskDataset:
             if hasattr(data, "bind"):
                 data.bind(tokenizer, config)
         self._items = None
+
+    def part(self, task: str) -> Any:
+        """The data set of one task. Raises ConfigError for a name that is none."""
+        if task not in self.tasks:
+            known = list(self.tasks)
+            raise ConfigError(f"the data: no task is called '{task}'{nearest(task, known) or '.'} There are: {known}")
+        return self.tasks[task]
 
     @property
     def metric(self) -> str:

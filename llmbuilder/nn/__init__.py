@@ -15,7 +15,7 @@ from .inject import add_lora
 from .lora import LoRAEmbedding, LoRALinear
 from .merge import merge_lora, unmerge_lora
 from .peft_format import load_adapter, save_adapter
-from .tasks import load_heads, save_heads, use_head
+from .tasks import list_tasks, load_heads, load_task, save_heads, use_head
 
 __all__ = [
     "LanguageHead",
@@ -30,8 +30,10 @@ __all__ = [
     "deactivate_adapter",
     "delete_adapter",
     "list_adapters",
+    "list_tasks",
     "load_adapter",
     "load_heads",
+    "load_task",
     "merge_lora",
     "save_adapter",
     "save_heads",

@@ -1,4 +1,4 @@
-"""Output heads of several tasks on one model (hard sharing, arXiv 1901.11504)."""
+"""What each task has of its own on one model: an output head (hard sharing, arXiv 1901.11504), an adapter."""
 
 import copy
 import os
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import LLMBuilderError, nearest
 from ..models.names import named_layers
 from ..models.save import replacing
+from .peft_format import load_adapter
 from .tree import places
 
 WEIGHTS = "heads.safetensors"
@@ -119,12 +120,8 @@ def load_heads(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises LLMBuilderError where the folder holds none, or they do not fit.
     """
-    path = Path(folder) / WEIGHTS
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise LLMBuilderError(f"{path} can't be read: {error}") from None
-    tasks = sorted({key.rpartition("/")[0] for key in tensors})
+    tasks = _tasks_of_heads(Path(folder))
+    tensors = load_file(Path(folder) / WEIGHTS)
     heads = find_heads(model)
     if heads is None or sorted(heads.tasks) != tasks:
         heads = add_heads(model, tasks)
@@ -134,3 +131,41 @@ def load_heads(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             head.load_state_dict(values)
         except RuntimeError as error:
             raise LLMBuilderError(f"the heads in {folder} were made for another model: {error}") from None
+
+
+def list_tasks(folder: str | os.PathLike[str]) -> list[str]:
+    """The tasks that have something of their own in a run's folder: adapters/TASK or a head in heads/."""
+    adapters, heads = Path(folder).glob("adapters/*/adapter_config.json"), Path(folder) / "heads"
+    return sorted(path.parent.name for path in adapters) or (_tasks_of_heads(heads) if heads.is_dir() else [])
+
+
+def load_task(model: nn.Module, folder: str | os.PathLike[str], task: str) -> None:
+    """Give a model what a run's folder holds for one task alone: its adapter, its head, or both; they serve.
+
+    Args:
+        model: the model that the run trained; where the tasks share an adapter, with that adapter.
+        folder: the run's.
+        task: one of ``list_tasks(folder)``.
+
+    Raises LLMBuilderError for any other task, or as ``load_adapter`` and ``load_heads`` do.
+    """
+    known = list_tasks(folder)
+    if not known:
+        raise LLMBuilderError(f"{folder} holds nothing of a task '{task}': no adapters/ and no heads/")
+    if task not in known:
+        raise LLMBuilderError(f"{folder}: no task is called '{task}'{nearest(task, known) or '.'} There are: {known}")
+    if (Path(folder) / "adapters").is_dir():
+        load_adapter(model, Path(folder) / "adapters" / task, task)
+    if (Path(folder) / "heads").is_dir():
+        load_heads(model, Path(folder) / "heads")
+        use_head(model, task)
+
+
+def _tasks_of_heads(folder: Path) -> list[str]:
+    """The tasks whose heads a folder holds. Raises LLMBuilderError where it can't be read."""
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            return sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise LLMBuilderError(f"{path} can't be read: {error}") from None
