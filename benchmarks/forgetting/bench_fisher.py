@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from harness import interleaved, median_ratio, relative, write
 
 from llmbuilder.data import collate
+from llmbuilder.methods.ewc import PROBE
 from llmbuilder.methods.fisher import diagonal_fisher, language_scores
 from llmbuilder.models import GPT, GPTConfig
 from llmbuilder.nn import LoRAConfig, add_lora
@@ -28,7 +29,7 @@ SIZES = {
     "small, long": (4, 128, 2048, False, 512, 32, False),
     "wide": (2, 768, 8192, False, 32, 32, False),
     "wide, long": (2, 768, 8192, False, 256, 32, False),
-    "large head": (1, 512, 49152, True, 64, 32, False),
+    "large head": (1, 512, 49152, True, 64, 8, False),
     "tiny, LoRA": (2, 64, 512, False, 16, 128, True),
     "small, LoRA": (4, 128, 2048, False, 64, 64, True),
     "wide, LoRA": (2, 768, 8192, False, 128, 32, True),
@@ -54,8 +55,9 @@ def one_by_one(model, params, examples):
 
 def batched(model, params, examples):
     parts = (collate(examples[at : at + BATCH]) for at in range(0, len(examples), BATCH))
-    head = model.get_output_embeddings()
-    return diagonal_fisher(model, params, parts, language_scores(model), empirical=True, head=head)
+    score, head = language_scores(model), model.get_output_embeddings()
+    probe = collate([{name: ids[:n] for name, ids in e.items()} for e, n in zip(examples, PROBE, strict=False)])
+    return diagonal_fisher(model, params, parts, score, empirical=True, head=head, probe=probe)
 
 
 def measure(size, layers, width, vocabulary, tied, length, count, lora):

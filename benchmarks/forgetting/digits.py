@@ -24,9 +24,9 @@ KINDS = ("mlp",)
 PANELS = {"average": "average accuracy after five tasks", "last": "accuracy on the last task"}
 METHODS = ("none", "ewc", "online ewc", "l2", "replay", "joint")
 GRID = {
-    "ewc": [{"strength": s} for s in (30.0, 100.0, 300.0, 500.0)],
+    "ewc": [{"strength": s} for s in (100.0, 300.0, 500.0)],
     "online ewc": [{"strength": s, "decay": d} for s in (100.0, 300.0, 500.0) for d in (0.8, 1.0)],
-    "l2": [{"strength": s} for s in (0.003, 0.01, 0.03, 0.1)],
+    "l2": [{"strength": s} for s in (0.003, 0.01, 0.03)],
     "replay": [{"size": 500, "frequency": f} for f in (0.25, 0.5)],
 }
 
@@ -48,7 +48,7 @@ def measure(name: str, kind: str, method: str, settings: dict, seed: int, small:
 def is_matched(last: float, plain: float) -> bool:
     """Whether the last task is learnt about as well as by plain training.
 
-    The report allows two points of accuracy; one seed's search keeps a margin to that.
+    The report allows two points of accuracy; the search keeps a margin to that.
     """
     return last >= plain - 0.015
 

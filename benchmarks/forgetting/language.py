@@ -66,6 +66,7 @@ class Scale:
     """What differs between the native model and SmolLM2."""
 
     instruction: str
+    words: tuple[str, str]
     train: int  # examples of a task
     held_out: int
     epochs: int
@@ -75,6 +76,7 @@ class Scale:
 SCALES = {
     "native": Scale(
         "good or bad?",
+        ("good", "bad"),  # words that it has read
         800,
         300,
         2,
@@ -85,6 +87,7 @@ SCALES = {
     ),
     "smollm2": Scale(
         "Is this sentence positive or negative? Answer with one word.",
+        ("positive", "negative"),
         160,
         100,
         1,
@@ -155,10 +158,9 @@ def quality(tuner: FineTuner, held_out: list, scale: Scale) -> float:
 
 def tasks(scale: Scale, seed: int) -> list[tuple[list, list]]:
     """What to train on and what to test on, by task, in their order."""
-    smollm2.RATINGS.setdefault("tweets", "tweets_GroundTruth.txt")
     stages = []
     for domain in DOMAINS:
-        found = smollm2.sentences(domain)
+        found = sentences(domain)
         apart = [s for s in found if share(s.text) < 0.3], [s for s in found if share(s.text) >= 0.3]
         stages.append((drawn(apart[1], scale.train, seed), drawn(apart[0], scale.held_out, seed)))
     pairs = docstrings()
@@ -168,11 +170,18 @@ def tasks(scale: Scale, seed: int) -> list[tuple[list, list]]:
     return [*stages, (draw.sample(known, scale.train), draw.sample(unknown, scale.held_out))]
 
 
+def sentences(domain: str) -> list[Sentence]:
+    smollm2.RATINGS.setdefault("tweets", "tweets_GroundTruth.txt")
+    return smollm2.sentences(domain)
+
+
 def drawn(sentences: list[Sentence], count: int, seed: int) -> list[Sentence]:
-    """Half of each label (or all that there are of one), in random order."""
+    """As many of each label, in random order: ``count`` in all, or all that there are of the rarer one, twice."""
     draw = random.Random(seed)
-    by_label = [draw.sample([s for s in sentences if s.label == label], count // 2) for label in (0, 1)]
-    return draw.sample(by_label[0] + by_label[1], count // 2 * 2)
+    by_label = [[s for s in sentences if s.label == label] for label in (0, 1)]
+    each = min(count // 2, *map(len, by_label))
+    chosen = [s for labelled in by_label for s in draw.sample(labelled, each)]
+    return draw.sample(chosen, len(chosen))
 
 
 def docstrings() -> list[tuple[str, tuple[str, str]]]:
@@ -204,7 +213,7 @@ def messages_of(rows: list, scale: Scale) -> TaskDataset:
 
 
 def verdicts(model: Any, scale: Scale) -> Task:
-    return Task(model, scale.instruction, ("positive", "negative"), [], {}, [], {"max_seq_length": 160})
+    return Task(model, scale.instruction, scale.words, [], {}, [], {"max_seq_length": 160})
 
 
 # Prompts that have nothing to do with the tasks
@@ -283,17 +292,17 @@ def base(name: str) -> Any:
 
 
 def pretrain(folder: pathlib.Path) -> None:
+    """Full training from random weights on code and on the sentences, without what people said of them."""
     CACHE.mkdir(parents=True, exist_ok=True)
     text = CACHE / "corpus.txt"
-    text.write_text(corpus())
-    sentences = CACHE / "sentences.txt"
-    sentences.write_text("\n".join(s.text for domain in ("film", "amazon") for s in smollm2.sentences(domain)))
+    read = [s.text for domain in DOMAINS for s in sentences(domain) if share(s.text) >= 0.3]
+    text.write_text("\n".join([corpus(), *read]))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=2048, n_layer=4, n_head=4, n_embd=128, block_size=256))
-    model.tokenizer = train_tokenizer([text, sentences], vocab_size=2048)
+    model = GPT(GPTConfig(vocab_size=2048, n_layer=2, n_head=4, n_embd=128, block_size=256))
+    model.tokenizer = train_tokenizer([text], vocab_size=2048)
     config = FineTuningConfig(
         use_lora=False,
-        num_epochs=3,
+        num_epochs=2,
         batch_size=16,
         learning_rate=2e-3,
         warmup_ratio=0.05,

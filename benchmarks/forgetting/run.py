@@ -5,7 +5,7 @@
     python benchmarks/forgetting/run.py --small NAME                    a quick look whether it runs
 
 Five seeds (SmolLM2: one), mean and standard deviation into results/forgetting-NAME.csv, and a picture beside it. The
-settings are those of settings.json, which `--search` chose on a seed that is not reported, from the grids in digits.py
+settings are those of settings.json, which `--search` chose on seeds that are not reported, from the grids in digits.py
 and language.py: the best of those that learn the last task about as well as plain training does.
 """
 
@@ -27,8 +27,8 @@ sys.path.insert(0, str(HERE.parent))
 from harness import RESULTS, write  # noqa: E402
 
 SETTINGS = HERE / "settings.json"
-SEARCH_SEED = 1000
 SEEDS = {"digits": 5, "native": 5, "smollm2": 1}
+SEARCH_SEEDS = {"digits": (1000, 1001, 1002), "native": (1000,), "smollm2": (1000,)}
 # What a method is for: the measure that it is chosen by, and whether that should be high.
 AIMS = {"kl": ("drift", False)}
 EARLIER = ("earlier", True)
@@ -39,7 +39,7 @@ Job = tuple[str, str, str, dict[str, Any], int, bool]  # benchmark, kind, method
 def main() -> None:
     parser = argparse.ArgumentParser(prog="forgetting", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*SEEDS, []], metavar="name")
-    parser.add_argument("--search", action="store_true", help="choose the settings, on a seed of its own")
+    parser.add_argument("--search", action="store_true", help="choose the settings, on seeds of their own")
     parser.add_argument("--small", action="store_true", help="hardly any data, one seed; nothing is written")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes, a thread each")
     args = parser.parse_args()
@@ -83,21 +83,27 @@ def report(name: str, workers: int, small: bool) -> None:
 def search(name: str, workers: int, small: bool) -> None:
     """Choose each method's settings: of those that match plain training on the last task, the best for its aim."""
     jobs = [
-        (name, kind, method, settings, SEARCH_SEED, small)
+        (name, kind, method, settings, seed, small)
         for kind in kinds(name)
         for method, grid in {"none": [{}], **module(name).GRID}.items()
         for settings in grid
+        for seed in SEARCH_SEEDS[name]
     ]
-    found: dict[str, dict[str, list[tuple[dict[str, Any], dict[str, float]]]]] = {}
+    found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for job, measures in run_all(jobs, workers):
-        found.setdefault(job[1], {}).setdefault(job[2], []).append((job[3], measures))
+        found.setdefault((job[1], job[2], json.dumps(job[3])), []).append(measures)
+    means = {key: {m: float(np.mean([run[m] for run in runs])) for m in runs[0]} for key, runs in found.items()}
     chosen = {
         kind: {
-            method: best(name, tried, plain=by_method["none"][0][1]["last"], aim=AIMS.get(method, EARLIER))
-            for method, tried in by_method.items()
-            if method != "none"
+            method: best(
+                name,
+                [(settings, means[kind, method, json.dumps(settings)]) for settings in grid],
+                plain=means[kind, "none", "{}"]["last"],
+                aim=AIMS.get(method, EARLIER),
+            )
+            for method, grid in module(name).GRID.items()
         }
-        for kind, by_method in found.items()
+        for kind in kinds(name)
     }
     print(json.dumps(chosen, indent=2))
     if not small:

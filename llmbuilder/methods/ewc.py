@@ -27,6 +27,8 @@ TOKENS = 16384
 """Targets that a task's Fisher information is estimated from, where the task has so many."""
 LOGITS = 2**24
 """Most logits of a batch of them: 64 MiB in fp32."""
+PROBE = (32, 24)
+"""Tokens of the two examples that the batched way is tried on."""
 
 
 @dataclass
@@ -161,7 +163,8 @@ def fisher_of(
     """The Fisher information of ``params`` on examples of language, as many as make up ``TOKENS`` targets."""
     model: Any = run.model
     most = LOGITS // int(model.get_input_embeddings().weight.shape[0])
-    batches = (run.tensors(part) for part in _batches(_chosen(examples, run.seed), run.batch_size, most))
+    chosen = _chosen(examples, run.seed)
+    batches = (run.tensors(part) for part in _batches(chosen, run.batch_size, most))
     with run.autocast():
         return diagonal_fisher(
             model,
@@ -171,6 +174,7 @@ def fisher_of(
             empirical=empirical,
             seed=run.seed,
             head=model.get_output_embeddings(),
+            probe=run.tensors(_beginnings(chosen)) if chosen else None,
         )
 
 
@@ -186,6 +190,12 @@ def _chosen(examples: Sequence[Example], seed: int) -> list[dict[str, list[int]]
         targets += sum(label != IGNORED for label in example["labels"][1:])
         chosen.append(example)
     return sorted(chosen, key=lambda example: -len(example["input_ids"]))
+
+
+def _beginnings(examples: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    """Short examples of unlike length, with a target at every token."""
+    cut = [example["input_ids"][:length] for example, length in zip(examples, PROBE, strict=False)]
+    return [{"input_ids": ids, "labels": ids} for ids in cut]
 
 
 def _batches(

@@ -51,11 +51,12 @@ def diagonal_fisher(
     empirical: bool = False,
     seed: int = 0,
     head: nn.Module | None = None,
+    probe: Tensors | None = None,
 ) -> dict[str, Tensor]:
     """F of each parameter, by name; the model is run as it is and left as it was.
 
     One backward pass a batch (see ``per_example.py``). Parameters that are used in ways which its hooks do not see are
-    done one example at a time; so are those whose F of the first two examples does not agree with that.
+    done one example at a time; so are those whose F of the probe's examples does not agree with that.
 
     Args:
         model: in evaluation mode.
@@ -65,6 +66,7 @@ def diagonal_fisher(
         empirical: labels of the data instead of the model's own.
         seed: of the labels that are drawn.
         head: as for ``SquaredGradients``.
+        probe: a small batch, like the others. None: the first two examples.
 
     Returns:
         By name, like each parameter in shape, fp32 (fp64 where the parameter is); 0 where there are no targets. The
@@ -79,7 +81,7 @@ def diagonal_fisher(
     for batch in batches:
         squares = SquaredGradients(model, params, head)
         if singly is None:
-            singly = _disagreeing(squares, _part(batch, 0, 2), score)
+            singly = _disagreeing(squares, probe or _part(batch, 0, 2), score)
         labels, missed = _add_batch(squares, sums, batch, score, None if empirical else generator, singly)
         _add_singly(squares, {name: sums[name] for name in missed}, batch, score, labels)
         tokens += len(labels)
