@@ -22,9 +22,10 @@ lint: $(VENV)/.developer
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.inc' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
-# Seeds bugs into the CPU kernels; each must be caught by a test.
+# Seeds bugs into the CPU kernels, and into the methods against forgetting; each must be caught by a test.
 mutations: $(VENV)/.developer
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutations/cpu.py
+	$(BIN)/python tests/mutations/methods.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py

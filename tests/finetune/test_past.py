@@ -161,6 +161,8 @@ def test_a_finished_run_that_is_resumed_is_as_it_was_and_can_be_gone_on_from(mak
     assert isinstance(found, Results) and found.final_perplexity == results.final_perplexity
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert same_past(again._past, Past.load(tmp_path / "a" / "past"))
+    later = make(2, model=again.model, continue_from=again)
+    assert same_past(later._past, again._past)
 
 
 def test_what_does_not_fit_is_refused_by_name(

@@ -115,7 +115,7 @@ def test_the_first_task_s_past_is_the_base_model() -> None:
     own = fisher_of(run, params, EXAMPLES, empirical=False)
     second = EWC(1.0)
     second.load_past(method.past())
-    later = prepared(second)
+    later = prepared(second, general=OTHERS)
     second.before_task(later)
     for name in params:
         assert torch.allclose(second.past_tasks.fishers[name], base[name] + own[name], rtol=1e-6)

@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +21,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/triton")]
 os.environ.update(TRITON_INTERPRET="1", INTERPRETED_PROFILE="quick")
 
-import pytest  # noqa: E402 - after the path is right
+from mutations.forked import first_failure  # noqa: E402 - after the path is right
 from mutations.triton_bugs import BUGS, Bug  # noqa: E402
 
 TABLE = ROOT / "benchmarks/results/mutations_triton.csv"
@@ -80,38 +79,10 @@ def try_bug(tree: Path, bug: Bug) -> str:
 
 
 def run_tests(tree: Path, tests: str, which: str) -> str:
-    """What the first test that fails is called and failed by, nothing when all pass. In a child, by fork, for imports
-    take longer than tests."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        sys.dont_write_bytecode = True  # a file that changes twice in a second would be taken for its old self
-        sys.path.insert(0, str(tree))
-        failure = Failure()
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-k", which, f"--rootdir={ROOT}"]
-            code = pytest.main([*options, str(ROOT / "tests/triton/interpreted" / tests)], plugins=[failure])
-        said = failure.said if code == pytest.ExitCode.TESTS_FAILED else "" if code == 0 else f"pytest: {code!r}"
-        os.write(writer, said.encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as pipe:
-        said = pipe.read()
-    if os.waitpid(child, 0)[1] != 0 or said.startswith("pytest:"):
-        raise SystemExit(f"{tests} -k '{which}' did not run: {said or 'its process died'}")
-    return said
-
-
-class Failure:
-    """A plugin that notes the first failure."""
-
-    said = ""
-
-    def pytest_runtest_logreport(self, report):
-        if report.failed and not self.said:
-            rungs = [rung for error, rung in RUNGS.items() if error in report.longreprtext]
-            self.said = f"{report.nodeid.split('::')[-1]}, {rungs[0] if rungs else 'value'}"
+    """What the first test that fails is called and failed by, nothing when all pass."""
+    name, report = first_failure(tree, ROOT / "tests/triton/interpreted" / tests, which)
+    rungs = [rung for error, rung in RUNGS.items() if error in report]
+    return name and f"{name}, {rungs[0] if rungs else 'value'}"
 
 
 def write(bugs: list[Bug], found: list[str]) -> None:
