@@ -4,7 +4,6 @@ One thousand tensors are cut into chunks that never straddle two; a row of the t
 """
 
 # mypy: disable-error-code=no-untyped-def
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._gpu import Addresses, Sizes, Tables
 from .launch import launch
 
 CHUNK, BLOCK = 8192, 1024  # elements of a program, and of one step of it
@@ -101,9 +101,9 @@ def ewc_penalty_(
     params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor] | None, strength: float
 ) -> Tensor:
     """Adds strength · F(θ - θ*) to each ``.grad``; strength/2 Σ F(θ - θ*)² as an fp64 scalar on the device."""
-    result = torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
+    result = params[0].new_empty((), dtype=torch.float64)
     grads = [param.grad for param in params if param.grad is not None]
-    table, aligned = _table(params, anchors, anchors if fishers is None else fishers, grads)
+    table, aligned = _tables.of(params, anchors, anchors if fishers is None else fishers, grads)
     values = result.new_empty(len(table))
     meta = {"TYPE": TYPES[params[0].dtype], "ALIGNED": aligned, "WEIGHTED": fishers is not None, "BLOCK": BLOCK}
     launch(penalty_kernel, len(table), result, table, values, strength, **meta)
@@ -115,30 +115,20 @@ def ewc_accumulate_(fishers: Sequence[Tensor], grads: Sequence[Tensor], weight: 
     """F += weight · g² in place."""
     if not fishers:
         return
-    table, aligned = _table(fishers, grads)
+    table, aligned = _tables.of(fishers, grads)
     meta = {"TYPE": TYPES[fishers[0].dtype], "ALIGNED": aligned, "BLOCK": BLOCK}
     launch(accumulate_kernel, len(table), fishers[0], table, weight, **meta)
 
 
-def _table(*groups: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    first = groups[0][0]
-    addresses = tuple(tuple(tensor.data_ptr() for tensor in group) for group in groups)
-    return _chunks(first.device, first.element_size(), tuple(tensor.numel() for tensor in groups[0]), addresses)
-
-
-@functools.lru_cache(maxsize=16)
-def _chunks(
-    device: torch.device, width: int, sizes: tuple[int, ...], addresses: tuple[tuple[int, ...], ...]
-) -> tuple[Tensor, bool]:
-    """A row a chunk, of its size and its address in each group; and whether all addresses are multiples of 16.
-
-    It holds nothing but what it is made of, so that one that is remembered is never stale; and a step whose tensors
-    lie where they lay before copies nothing to the device, as the capture of a CUDA graph wants it.
-    """
+def _written_table(first: Tensor, sizes: Sizes, addresses: Addresses) -> tuple[Tensor, bool]:
+    """A row a chunk, of its size and its address in each group; and whether all addresses are multiples of 16."""
     size = torch.tensor(sizes)
     counts = (size + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     begin = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
-    starts = [torch.tensor(group)[tensor] + begin * width for group in addresses]
+    starts = [torch.tensor(group)[tensor] + begin * first.element_size() for group in addresses]
     table = torch.stack([(size[tensor] - begin).clamp(max=CHUNK), *starts], 1)
-    return table.to(device), bool((table[:, 1:] % 16 == 0).all())
+    return table.to(first.device), bool((table[:, 1:] % 16 == 0).all())
+
+
+_tables = Tables(_written_table)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._gpu import allows_tf32
 from ..errors import LLMBuilderError
 
 
@@ -69,9 +70,7 @@ def precision(dtype: torch.dtype) -> str:
 
     Narrow dtypes have but one way, on tensor cores, and answer "tf32" too.
     """
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "ieee" if dtype == torch.float32 and not allowed else "tf32"
+    return "ieee" if dtype == torch.float32 and not allows_tf32() else "tf32"
 
 
 def _refuse_capture() -> None:

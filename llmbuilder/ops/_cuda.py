@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LLMBuilderError
+from .._gpu import Addresses, Sizes, Tables, allows_tf32
 from . import _native
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 _kernels: Any = _native.cuda()  # `_C.cuda`, or None where it is not built
 _emulated = False
-_LATEST = 16  # tables of EWC calls that are kept
 
 
 def available() -> bool:
@@ -94,7 +93,7 @@ def lora_shrink(x: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int)
     (M, K), r = x.shape, len(A)
     S, workspace = x.new_empty(M, r), _workspace(x, _kernels.lora_shrink_workspace(_dtype(x), M, K, r))
     mask = _mask(seed, stream, threshold)
-    _kernels.lora_shrink(_dtype(x), _matrix(x), _matrix(A), _matrix(S), mask, _tf32(), workspace.data_ptr(), *_at(x))
+    _kernels.lora_shrink(_dtype(x), _matrix(x), _matrix(A), _matrix(S), mask, allows_tf32(), workspace.data_ptr(), *_at(x))
     return S
 
 
@@ -102,7 +101,7 @@ def lora_expand(S: Tensor, B: Tensor, bias: Tensor | None, scaling: float) -> Te
     """``y[M, N] = scaling * S[M, r] B[N, r]^T + bias[N]`` in S's dtype."""
     y = S.new_empty(len(S), len(B))
     arguments = _matrix(S), _matrix(B), _address(bias), scaling, False, _matrix(y)
-    _kernels.lora_expand(_dtype(S), *arguments, _tf32(), *_at(S))
+    _kernels.lora_expand(_dtype(S), *arguments, allows_tf32(), *_at(S))
     return y
 
 
@@ -112,7 +111,7 @@ def lora_grad_sb(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tens
     dS, dB = dY.new_empty(M, r), dY.new_empty(N, r, dtype=torch.float32)
     workspace = _workspace(dY, _kernels.lora_grad_sb_workspace(_dtype(dY), M, N, r))
     arguments = _matrix(dY), _matrix(S), _matrix(B), scaling, _matrix(dS), dB.data_ptr()
-    _kernels.lora_grad_sb(_dtype(dY), *arguments, _tf32(), workspace.data_ptr(), *_at(dY))
+    _kernels.lora_grad_sb(_dtype(dY), *arguments, allows_tf32(), workspace.data_ptr(), *_at(dY))
     return dS, dB
 
 
@@ -126,7 +125,7 @@ def lora_grad_ax(
     arguments = _matrix(x), _matrix(dS), _matrix(A), _mask(seed, stream, threshold), dA.data_ptr()
     nowhere = 0, M, K, K
     _kernels.lora_grad_ax(
-        _dtype(x), *arguments, nowhere if dX is None else _matrix(dX), _tf32(), workspace.data_ptr(), *_at(x)
+        _dtype(x), *arguments, nowhere if dX is None else _matrix(dX), allows_tf32(), workspace.data_ptr(), *_at(x)
     )
     return dA, dX
 
@@ -135,7 +134,7 @@ def lora_fused(x: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, 
     """``y[M, N] = x[M, K] W[N, K]^T + bias[N] + scaling * S[M, r] B[N, r]^T`` in x's dtype, in one kernel."""
     y, W = x.new_empty(len(x), len(W)), W if W.stride(1) == 1 else W.contiguous()
     arguments = _matrix(x), _matrix(W), _address(bias), _matrix(S), _matrix(B), scaling, _matrix(y)
-    _kernels.lora_fused(_dtype(x), *arguments, _tf32(), *_at(x))
+    _kernels.lora_fused(_dtype(x), *arguments, allows_tf32(), *_at(x))
     return y
 
 
@@ -143,7 +142,7 @@ def lora_fused_grad(dY: Tensor, W: Tensor, dS: Tensor, A: Tensor, threshold: int
     """``dX[M, K] = dY[M, N] W[N, K] + drop'(dS[M, r] A[r, K])`` in dY's dtype, in one kernel."""
     dX, W = dY.new_empty(len(dY), W.shape[1]), W if W.stride(1) == 1 else W.contiguous()
     arguments = _matrix(dY), _matrix(W), _matrix(dS), _matrix(A), _mask(seed, stream, threshold), _matrix(dX)
-    _kernels.lora_fused_grad(_dtype(dY), *arguments, _tf32(), *_at(dY))
+    _kernels.lora_fused_grad(_dtype(dY), *arguments, allows_tf32(), *_at(dY))
     return dX
 
 
@@ -156,7 +155,7 @@ def ewc_penalty_(
     """
     first, grads = params[0], [param.grad for param in params if param.grad is not None]
     value = first.new_empty((), dtype=torch.float64)
-    table = _table(first, params, anchors, fishers or (), grads)
+    table = _tables.of(params, anchors, fishers or (), grads)
     workspace = _workspace(first, _kernels.ewc_penalty_workspace(table.chunks))
     arguments = table.memory.data_ptr(), len(params), table.chunks, fishers is not None, strength
     _kernels.ewc_penalty(_dtype(first), *arguments, value.data_ptr(), workspace.data_ptr(), *_at(first))
@@ -168,7 +167,7 @@ def ewc_accumulate_(fishers: Sequence[Tensor], grads: Sequence[Tensor], weight: 
     if not fishers:
         return
     first = fishers[0]
-    table = _table(first, (), (), fishers, grads)
+    table = _tables.of((), (), fishers, grads)
     _kernels.ewc_accumulate(_dtype(first), table.memory.data_ptr(), len(fishers), table.chunks, weight, *_at(first))
 
 
@@ -200,40 +199,14 @@ class _Table(NamedTuple):
     chunks: int
 
 
-_tables: dict[tuple[Any, ...], _Table] = {}  # those of the latest calls
-_captured: list[_Table] = []  # what CUDA graphs read at every replay, for as long as the process lives
-
-
-def _table(first: Tensor, *groups: Sequence[Tensor]) -> _Table:
-    """Written once for tensors in the same places: a step that meets them again copies nothing."""
-    sizes = tuple(tensor.numel() for tensor in groups[-1])
-    addresses = tuple(tuple(tensor.data_ptr() for tensor in group) for group in groups)
-    key = (first.device, _at(first), sizes, addresses)
-    capturing = _capturing(first)
-    if key not in _tables:
-        if capturing:
-            raise LLMBuilderError(
-                "EWC in a CUDA graph: these tensors are met for the first time, and their table can't be written while "
-                "a graph is captured; call it once before on the same stream, and keep the gradients where they are "
-                "(zero_grad(set_to_none=False))"
-            )
-        if len(_tables) == _LATEST:
-            del _tables[next(iter(_tables))]
-        _tables[key] = _written_table(first.device, sizes, addresses)
-    if capturing:
-        _captured.append(_tables[key])
-    return _tables[key]
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _written_table(device: torch.device, sizes: tuple[int, ...], addresses: tuple[tuple[int, ...], ...]) -> _Table:
+def _written_table(first: Tensor, sizes: Sizes, addresses: Addresses) -> _Table:
     size = _kernels.ewc_table_bytes(len(sizes))
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=first.is_cuda)
     chunks = _kernels.ewc_table(host.data_ptr(), *addresses, sizes)
-    return _Table(host.to(device, non_blocking=True), chunks)
+    return _Table(host.to(first.device, non_blocking=True), chunks)
+
+
+_tables = Tables(_written_table)
 
 
 def _dtype(tensor: Tensor) -> Any:
@@ -270,11 +243,3 @@ def _at(tensor: Tensor) -> tuple[int, int]:
     if _emulated:
         return 0, 0
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def _tf32() -> bool:
-    """Whether torch's setting lets products in fp32 round their operands to tf32."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # where it is there, reading the older setting can be an error
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32

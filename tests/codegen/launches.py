@@ -20,11 +20,11 @@ def launches() -> dict[str, Launch]:
     with device().recording() as noted:
         for operator, (dtype, tf32), rank, sliced in product(CALLS, TYPES, RANKS, (False, True)):
             case = Case(operator, dtype, 64, 64, 64, rank, threshold=6554, sliced=sliced, tf32=tf32)
-            before, _cuda._tf32 = _cuda._tf32, lambda tf32=tf32: tf32
+            before, _cuda.allows_tf32 = _cuda.allows_tf32, lambda tf32=tf32: tf32
             try:
                 draw(case).call(_cuda)
             finally:
-                _cuda._tf32 = before
+                _cuda.allows_tf32 = before
         for dtype in _cuda.DTYPES:
             draw(Case("lora_shrink", dtype, 16, 1, 8192, 8)).call(_cuda)  # few rows: the depth in slices
             _others(dtype)

@@ -1,11 +1,10 @@
-"""The backend `cuda` beside its kernels: torch's settings, streams and graphs. tests/cuda has the kernels."""
+"""The backend `cuda` beside its kernels: torch's settings and streams. tests/cuda has the kernels."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmbuilder.errors import LLMBuilderError
 from llmbuilder.ops import _cuda, _paths
 
 
@@ -19,19 +18,19 @@ def matmul():
 
 
 def test_tf32_follows_torchs_setting(matmul):
-    assert not _cuda._tf32()
+    assert not _cuda.allows_tf32()
     for precision, allowed in (("tf32", True), ("ieee", False)):
         matmul.fp32_precision = precision
-        assert _cuda._tf32() == allowed
+        assert _cuda.allows_tf32() == allowed
 
 
 def test_tf32_follows_torchs_older_settings_too(matmul):
     try:
         for name, allowed in (("high", True), ("highest", False)):
             torch.set_float32_matmul_precision(name)
-            assert _cuda._tf32() == allowed
+            assert _cuda.allows_tf32() == allowed
         matmul.allow_tf32 = True
-        assert _cuda._tf32()
+        assert _cuda.allows_tf32()
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -40,40 +39,6 @@ def test_work_goes_to_torchs_current_stream_of_the_tensors_gpu(monkeypatch):
     streams = {torch.device("cuda", 0): 11, torch.device("cuda", 1): 22}
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device]))
     assert _cuda._at(SimpleNamespace(device=torch.device("cuda", 1))) == (1, 22)
-
-
-class Kernels:
-    """Stands for `_C.cuda`: a table is a byte a tensor."""
-
-    DType = SimpleNamespace(f32=0)
-
-    def __init__(self):
-        self.tables = 0
-
-    def ewc_table_bytes(self, count):
-        return count
-
-    def ewc_table(self, memory, *addresses_and_sizes):
-        self.tables += 1
-        return 1
-
-    def ewc_accumulate(self, *arguments):
-        pass
-
-
-def test_a_graph_keeps_the_tables_that_it_reads_and_writes_none(monkeypatch):
-    kernels = Kernels()
-    monkeypatch.setattr(_cuda, "_tables", {})
-    monkeypatch.setattr(_cuda, "_captured", [])
-    fishers, grads = [torch.zeros(4)], [torch.ones(4)]
-    with _cuda.replaced(kernels):
-        _cuda.ewc_accumulate_(fishers, grads, 1.0)
-        monkeypatch.setattr(_cuda, "_capturing", lambda tensor: True)
-        _cuda.ewc_accumulate_(fishers, grads, 1.0)
-        assert kernels.tables == 1
-        assert _cuda._captured == list(_cuda._tables.values())
-        with pytest.raises(LLMBuilderError, match="call it once before on the same stream"):
-            _cuda.ewc_accumulate_(fishers, [torch.ones(4)], 1.0)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def gpu():
 def test_operator(case, gpu, check_error, monkeypatch):
     drawn = draw(case)
     if case.tf32:
-        monkeypatch.setattr(_cuda, "_tf32", lambda: True)
+        monkeypatch.setattr(_cuda, "allows_tf32", lambda: True)
     with gpu.interpreting(seed=int(torch.randint(1, 1000, ()))) as run:
         out = drawn.call(_cuda)
     assert run.launches

@@ -111,12 +111,11 @@ def test_the_same_bits_in_any_order_of_the_programs():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(first.params, second.params, strict=True))
 
 
-def test_a_table_is_made_once_while_the_tensors_stay_where_they_are():
+def test_a_table_is_not_taken_for_that_of_tensors_elsewhere():
     tensors = Tensors([5, ewc.CHUNK + 1], torch.float32, 0, 1)
-    ewc._chunks.cache_clear()
     with tensors.allowed():
         values = [ewc.ewc_penalty_(tensors.params, tensors.anchors, tensors.fishers, 2.0) for _ in range(2)]
-        assert values[0] == values[1] and ewc._chunks.cache_info().misses == 1
+        assert values[0] == values[1]
         tensors.anchors[0] = tensors.anchors[0] + 1
     with tensors.allowed():
         assert ewc.ewc_penalty_(tensors.params, tensors.anchors, tensors.fishers, 2.0) != values[0]
