@@ -40,7 +40,7 @@ def update_tile(
         Config({"ROWS": 128, "COLUMNS": 128}, num_warps=8, num_stages=2),
         Config({"ROWS": 32, "COLUMNS": 256}, num_warps=8, num_stages=2),
     ],
-    key=["N", "r", "rows_class", "ACCUMULATE", "DROP"],
+    key=["N", "r", "rows_class", "ACCUMULATE", "DROP", "PRECISION"],
     fits=lambda tile: per_thread(tile, tile["ROWS"] * tile["COLUMNS"]) <= (32 if tile["PRECISION"] == "ieee" else 64),
     restore=["y"],
 )

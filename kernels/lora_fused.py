@@ -24,7 +24,7 @@ GROUP = 8  # rows of tiles that are worked on together, so that W's tiles stay i
         Config({"ROWS": 128, "COLUMNS": 128}, num_warps=8, num_stages=3),
         Config({"ROWS": 128, "COLUMNS": 128}, num_warps=8, num_stages=4),
     ],
-    key=["N", "K", "r", "rows_class", "DROP"],
+    key=["N", "K", "r", "rows_class", "DROP", "PRECISION"],
     fits=lambda tile: per_thread(tile, tile["ROWS"] * tile["COLUMNS"]) <= (32 if tile["PRECISION"] == "ieee" else 64),
 )
 @triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])

@@ -35,7 +35,7 @@ def _fits(tile: dict[str, Any]) -> bool:
         Config({"ROWS": 16, "COLUMNS": 64}, num_warps=8, num_stages=3),
         Config({"ROWS": 16, "COLUMNS": 32}, num_warps=8, num_stages=2),
     ],
-    key=["K", "r", "rows_class", "DROP", "NEED_X"],
+    key=["K", "r", "rows_class", "DROP", "NEED_X", "PRECISION"],
     fits=_fits,
 )
 @triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])

@@ -20,7 +20,7 @@ from .tiles import inner, load_tile, padded, per_thread, store_tile
         Config({"ROWS": 64}, num_warps=4, num_stages=3),
         Config({"ROWS": 128}, num_warps=8, num_stages=3),
     ],
-    key=["K", "r", "rows_class", "DROP"],
+    key=["K", "r", "rows_class", "DROP", "PRECISION"],
     fits=lambda tile: per_thread(tile, tile["ROWS"] * tile["RANK"]) <= (32 if tile["PRECISION"] == "ieee" else 64),
 )
 @triton.jit(do_not_specialize=["stream", "threshold", "rows_class"])

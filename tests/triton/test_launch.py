@@ -1,5 +1,7 @@
 """How the Triton kernels are launched and tuned: what needs neither a GPU nor the interpreter."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,6 +28,23 @@ def test_some_tile_fits_whatever_the_rank(kernel, precision):
             continue  # takes two passes by other kernels
         fit = kernel.prune_configs({"RANK": rank, "PRECISION": precision})
         assert 1 <= len(fit) <= len(kernel.configs) <= 6, f"rank {rank}"
+
+
+@pytest.mark.parametrize("kernel", TUNED, ids=lambda kernel: kernel.fn.__name__)
+def test_products_by_fma_get_a_tile_that_fits_them(kernel, monkeypatch):
+    """Also after the same shape on tensor cores, for which a larger tile was the fastest."""
+    if kernel is lora_grad_sb.grad_sb_kernel:
+        pytest.skip("fp32 takes two passes by other kernels")
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setattr(kernel, "cache_results", False)
+    monkeypatch.setattr(kernel, "_bench", lambda *_, config, **meta: -math.prod(config.kwargs.values()))
+    monkeypatch.setattr(kernel.fn, "run", lambda *arguments, **meta: None)
+    shape = dict.fromkeys(kernel.keys, 64) | {"RANK": 128}
+    for precision in ("tf32", "ieee"):
+        kernel.run(**shape | {"PRECISION": precision})
+        chosen = kernel.best_config
+        kernel.nargs = {}
+        assert chosen in kernel.prune_configs(shape | {"PRECISION": precision})
 
 
 def test_no_tuning_inside_the_capture_of_a_graph(monkeypatch):
