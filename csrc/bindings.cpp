@@ -297,6 +297,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LLMBUILDER_CUDA
   py::module_ cuda = m.def_submodule("cuda", "The CUDA launchers: as above, with a device and its stream at the end.");
   cuda.attr("DType") = m.attr("DType");
+  cuda.attr("code") = LLMBUILDER_CUDA_CODE;  // what nvcc made: compute_80 is PTX, sm_90 a GPU's own
   bind_cuda(cuda);
 #endif
   m.attr("cuda_why_not") = LLMBUILDER_CUDA_WHY_NOT;

@@ -40,7 +40,7 @@ def _cuda_unfit(device: torch.device, dtype: torch.dtype) -> str:
         return f"the tensor is on {device.type}"
     if dtype not in _cuda.DTYPES:
         return f"no kernels for {_short(dtype)}"
-    return _cuda.unfit_driver() or _unfit_gpu(device)
+    return _cuda.unfit_driver() or _unfit_gpu(device) or _cuda.unfit_code(device)
 
 
 def _triton_unfit(device: torch.device, dtype: torch.dtype) -> str:

@@ -48,6 +48,22 @@ def unfit_driver() -> str:
     return ""
 
 
+def unfit_code(device: torch.device) -> str:
+    """Why a GPU finds no code here that its driver can run; empty when it does.
+
+    An older driver of the same major version runs a GPU's own code, but translates no PTX that is newer than itself.
+    """
+    if _emulated or _kernels.driver_version() >= _kernels.runtime_version():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    if not {f"sm_{major}{least}" for least in range(minor + 1)}.isdisjoint(_kernels.code.split(",")):
+        return ""
+    return (
+        f"{versions()}, which translates nothing newer, and there is no code for compute capability {major}.{minor}; "
+        f"`LLMBUILDER_CUDA_ARCHITECTURES={major}{minor} pip install .` makes it"
+    )
+
+
 def versions() -> str:
     """What the driver and the runtime that the kernels are linked with say of themselves."""
     if _emulated:

@@ -79,20 +79,22 @@ def test_without_the_extension_the_reference_serves_and_the_reason_is_told(monke
 
 
 class Kernels:
-    """Stands for `_C.cuda`, built with CUDA 13.0."""
+    """Stands for `_C.cuda`, built with CUDA 13.2."""
 
-    def __init__(self, driver):
+    def __init__(self, driver, code="compute_80"):
         self.driver_version = lambda: driver
-        self.runtime_version = lambda: 13000
+        self.runtime_version = lambda: 13020
+        self.code = code
 
 
 @pytest.mark.parametrize(
     "driver, capability, reason",
     [
         (0, (9, 0), "no NVIDIA driver is loaded"),
-        (12080, (9, 0), "kernels built with CUDA 13.0, the driver speaks CUDA 12.8: it needs a newer one"),
-        (13000, (7, 5), "Old GPU has compute capability 7.5, below 8.0"),
-        (13000, (8, 0), ""),
+        (12080, (9, 0), "kernels built with CUDA 13.2, the driver speaks CUDA 12.8: it needs a newer one"),
+        (13020, (7, 5), "Old GPU has compute capability 7.5, below 8.0"),
+        (13000, (8, 0), "the driver speaks CUDA 13.0, which translates nothing newer"),
+        (13020, (8, 0), ""),
         (14010, (12, 0), ""),
     ],
 )
@@ -109,6 +111,16 @@ def test_an_unfit_driver_or_gpu_is_named(monkeypatch, driver, capability, reason
         assert {row.backend for row in rows.values()} == {"cuda"}
     assert ("lora_expand" in rows) == (rows["lora_shrink"].backend in ("cuda", "triton"))
     assert ("lora_expand_" in rows) == (rows["lora_shrink"].backend == "reference")
+
+
+@pytest.mark.parametrize(
+    "capability, runs", [((8, 0), False), ((8, 6), True), ((8, 9), True), ((9, 0), True), ((10, 0), False)]
+)
+def test_an_older_driver_runs_what_was_made_for_the_gpu(monkeypatch, capability, runs):
+    """Code of one major version runs on its later minor ones; PTX of a newer CUDA is nothing to the driver."""
+    monkeypatch.setattr(_backend._cuda, "_kernels", Kernels(13000, "compute_80,sm_86,sm_90"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert (not _backend._cuda.unfit_code(torch.device("cuda", 0))) == runs
 
 
 def test_fp64_on_a_gpu_goes_to_the_reference(monkeypatch):
