@@ -47,7 +47,13 @@ def tuned(
 
     def prune(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
         _refuse_capture()
-        return [config for config in configs if fits({**arguments, **meta, **config.all_kwargs()})]
+        fit = [config for config in configs if fits({**arguments, **meta, **config.all_kwargs()})]
+        if not fit:
+            raise LLMBuilderError(
+                f"the Triton kernels hold at most 512 ranks in registers, 256 in fp32, and this adapter's are padded to "
+                f"{meta['RANK']}; LLMBUILDER_BACKEND=cuda or reference takes any rank"
+            )
+        return fit
 
     known = inspect.signature(triton.autotune).parameters
     remembered = {"cache_results": True} if "cache_results" in known else {}

@@ -30,6 +30,15 @@ def test_some_tile_fits_whatever_the_rank(kernel, precision):
         assert 1 <= len(fit) <= len(kernel.configs) <= 6, f"rank {rank}"
 
 
+@pytest.mark.parametrize("precision, largest", [("tf32", 512), ("ieee", 256)])
+def test_ranks_that_no_tile_holds_are_refused_in_words(precision, largest):
+    kernel = lora_shrink.shrink_kernel
+    kernel.nargs = {}
+    assert kernel.prune_configs({"RANK": largest, "PRECISION": precision})
+    with pytest.raises(LLMBuilderError, match=f"padded to {2 * largest}; LLMBUILDER_BACKEND=cuda or reference"):
+        kernel.prune_configs({"RANK": 2 * largest, "PRECISION": precision})
+
+
 @pytest.mark.parametrize("kernel", TUNED, ids=lambda kernel: kernel.fn.__name__)
 def test_products_by_fma_get_a_tile_that_fits_them(kernel, monkeypatch):
     """Also after the same shape on tensor cores, for which a larger tile was the fastest."""
