@@ -41,6 +41,15 @@ BUGS = [
     ),
     Bug(
         "product",
+        "tile: rows apart by 32 bits",
+        "tiles.py",
+        "tl.load(matrix + rows.to(tl.int64)[:, None] * step",
+        "tl.load(matrix + rows.to(tl.int32)[:, None] * step",
+        LORA,
+        "32_bits_apart",
+    ),
+    Bug(
+        "product",
         "tile: rows beyond the edge written",
         "tiles.py",
         STORE,

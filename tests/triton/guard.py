@@ -32,7 +32,7 @@ class Launch:
 
     def __init__(self, tensors):
         self.tensors = [(name, t.data_ptr(), t.data_ptr() + _extent(t)) for name, t in tensors if t.numel()]
-        spans = _united([span for _, *span in self.tensors])
+        spans = _united([span for _, t in tensors if t.numel() for span in _spans(t)])
         self.firsts = np.array([first for first, _ in spans], np.int64)
         self.ends = np.array([end for _, end in spans], np.int64)
         self.offsets = np.concatenate([[0], (self.ends - self.firsts).cumsum()]).astype(np.int64)
@@ -195,6 +195,15 @@ def _united(spans):
         else:
             result.append([first, end])
     return result
+
+
+def _spans(tensor):
+    """First and last byte's end of what a program may touch: of each row, where a matrix's rows lie apart."""
+    start, size = tensor.data_ptr(), tensor.element_size()
+    if tensor.dim() != 2 or tensor.stride(1) != 1 or tensor.stride(0) <= tensor.shape[1]:
+        return [[start, start + _extent(tensor)]]
+    rows = (start + row * tensor.stride(0) * size for row in range(tensor.shape[0]))
+    return [[row, row + tensor.shape[1] * size] for row in rows]
 
 
 def _extent(tensor):

@@ -54,6 +54,16 @@ def test_out_of_bounds(kernel):
 
 
 @triton.jit
+def load_beside_a_row(x, y, BLOCK: tl.constexpr):
+    tl.store(y + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)))
+
+
+def test_between_rows_that_lie_apart_is_out_of_bounds():
+    error = refused(load_beside_a_row, (1,), torch.ones(2, 5)[:, :3], torch.empty(4), BLOCK=4)
+    assert isinstance(error, guard.OutOfBoundsError) and "1 elements out of bounds" in str(error)
+
+
+@triton.jit
 def through_a_table(table, y, BLOCK: tl.constexpr):
     x = tl.load(table).to(tl.pointer_type(tl.float32))
     at = tl.arange(0, BLOCK)

@@ -3,6 +3,7 @@
 import guard
 import pytest
 import torch
+from gpusim.matrices import far_apart
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,3 +216,17 @@ def test_nothing_is_copied_that_lies_in_rows_apart():
             lora.lora_grad_ax(a.x, a.dS, a.A, *mask, True), lora.lora_grad_ax(b.x, b.dS, b.A, *mask, True), strict=True
         ):
             assert torch.equal(got, expected)
+
+
+def test_rows_more_than_32_bits_apart():
+    M, N, K, r = 5, 33, 40, 3
+    layer = Layer(M, N, K, r, torch.bfloat16, 6554, 1, "contiguous", 2)
+    x, dY, S = (far_apart(*t.shape, t.dtype).copy_(t) for t in (layer.x, layer.dY, layer.S))
+    for near, far, operator, *arguments in [
+        (layer.x, x, lora.lora_shrink, layer.A, *layer.mask),
+        (layer.S, S, lora.lora_expand, layer.B, None, 0.5),
+        (layer.dY, dY, lora.lora_grad_sb, layer.S, layer.B, 0.5),
+        (layer.x, x, lora.lora_grad_ax, layer.dS, layer.A, *layer.mask, True),
+        (layer.x, x, lora.lora_fused, layer.W, None, layer.S, layer.B, 0.5),
+    ]:
+        torch.testing.assert_close(operator(far, *arguments), operator(near, *arguments), rtol=0, atol=0)
