@@ -50,7 +50,7 @@ def tuned(
         fit = [config for config in configs if fits({**arguments, **meta, **config.all_kwargs()})]
         if not fit:
             raise LLMBuilderError(
-                f"the Triton kernels hold at most 512 ranks in registers, 256 in fp32, and this adapter's are padded to "
+                "the Triton kernels hold at most 512 ranks in registers, 256 in fp32, and this adapter's are padded to "
                 f"{meta['RANK']}; LLMBUILDER_BACKEND=cuda or reference takes any rank"
             )
         return fit

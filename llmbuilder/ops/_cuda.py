@@ -109,7 +109,9 @@ def lora_shrink(x: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int)
     (M, K), r = x.shape, len(A)
     S, workspace = x.new_empty(M, r), _workspace(x, _kernels.lora_shrink_workspace(_dtype(x), M, K, r))
     mask = _mask(seed, stream, threshold)
-    _kernels.lora_shrink(_dtype(x), _matrix(x), _matrix(A), _matrix(S), mask, allows_tf32(), workspace.data_ptr(), *_at(x))
+    _kernels.lora_shrink(
+        _dtype(x), _matrix(x), _matrix(A), _matrix(S), mask, allows_tf32(), workspace.data_ptr(), *_at(x)
+    )
     return S
 
 
