@@ -72,8 +72,7 @@ def softmax_cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """Losses and predictions of ``logits[M, V]``; their gradient takes the logits' place when asked for."""
     rows, V = logits.shape
-    losses = torch.empty(rows, device=logits.device)
-    predictions = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    losses, predictions = (logits.new_empty(rows, dtype=dtype) for dtype in (torch.float32, torch.int64))
     launch(
         cross_entropy_kernel,
         rows,

@@ -75,7 +75,7 @@ def lora_grad_ax(
     x: Tensor, dS: Tensor, A: Tensor, threshold: int, seed: Tensor, stream: int, need_x: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dA[r, K] = dSᵀ drop(x) in fp32, and dX[M, K] = drop'(dS A) in x's dtype where it is needed, else None."""
-    dA = torch.empty(A.shape, device=A.device)
+    dA = A.new_empty(A.shape, dtype=torch.float32)
     dX = x.new_empty(x.shape) if need_x else None
     scale, combined = mask.scale(threshold), A.shape[0] <= ONE_PASS_RANK
     grad_ax(x, dS, A, dA, dA.stride(), dX if combined else None, scale, threshold, seed, stream)

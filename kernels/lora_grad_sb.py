@@ -52,7 +52,7 @@ def grad_sb_kernel(
 
 def lora_grad_sb(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """dS[M, r] = scaling · dY[M, N] B[N, r] in dY's dtype, and dB[N, r] = scaling · dYᵀ S in fp32."""
-    dB = torch.empty(B.shape, device=B.device)
+    dB = B.new_empty(B.shape, dtype=torch.float32)
     if B.shape[1] <= ONE_PASS_RANK and precision(dY.dtype) != "ieee":
         return _one_pass(dY, S, B, dB, scaling), dB
     grad_ax(dY, S, None, dB, (1, B.shape[1]), None, scaling)

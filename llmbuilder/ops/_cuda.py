@@ -194,8 +194,7 @@ def softmax_cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """Losses and predictions of ``logits[M, V]``; their gradient takes the logits' place when asked for."""
     rows = len(logits)
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    predictions = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    losses, predictions = (logits.new_empty(rows, dtype=dtype) for dtype in (torch.float32, torch.int64))
     _kernels.softmax_cross_entropy(
         _dtype(logits),
         _matrix(logits),

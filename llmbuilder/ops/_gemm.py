@@ -43,7 +43,7 @@ def onednn_is_precise() -> bool:
     Its error against fp64 may be four times that of ``F.linear`` (about twice is normal; bf16 gives thousands).
     """
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 512, generator=generator) for rows in (96, 80))
+    x, weight = (torch.randn(rows, 512, generator=generator, dtype=torch.float32) for rows in (96, 80))
     exact = x.double() @ weight.double().t()
     try:
         product = _onednn(x, weight, None)

@@ -98,7 +98,7 @@ def dropout(x: Tensor, threshold: int, seed: Tensor, stream: int) -> Tensor:
 
 def dropout_mask(shape: Sequence[int], threshold: int, seed: Tensor, stream: int) -> Tensor:
     """The mask as a boolean tensor, true where an element is kept."""
-    keep = torch.empty(tuple(shape), dtype=torch.bool)
+    keep = torch.empty(tuple(shape), dtype=torch.bool, device=seed.device)
     rows, columns = _rows_columns(shape)
     _C.dropout_mask(keep.data_ptr(), rows, columns, seed.data_ptr(), stream, threshold, _threads())
     return keep
@@ -133,7 +133,7 @@ def lora_expand_(y: Tensor, S: Tensor, B: Tensor, scaling: float) -> None:
 def lora_grad_sb(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """``dS[M, r] = scaling * dY[M, N] B[N, r]`` in dY's dtype and ``dB[N, r] = scaling * dY^T S`` in float32."""
     (M, N), r = dY.shape, B.shape[1]
-    dS, dB = torch.empty_like(S), torch.empty(N, r)
+    dS, dB = torch.empty_like(S), dY.new_empty(N, r, dtype=torch.float32)
     _C.lora_grad_sb(
         _DTYPES[dY.dtype],
         dY.data_ptr(),
@@ -155,7 +155,7 @@ def lora_grad_ax_(
 ) -> Tensor:
     """``dA[r, K] = dS^T drop(x)`` in float32 and, unless dX is None, ``dX[M, K] += drop'(dS A)`` in place."""
     (M, K), r = x.shape, A.shape[0]
-    dA = torch.empty(r, K)
+    dA = x.new_empty(r, K, dtype=torch.float32)
     _C.lora_grad_ax(
         _DTYPES[x.dtype],
         x.data_ptr(),
@@ -214,7 +214,7 @@ def softmax_cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """Losses and predictions of ``logits[M, V]``; their gradient takes the logits' place when asked for."""
     rows, columns = logits.shape
-    losses, predictions = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    losses, predictions = (logits.new_empty(rows, dtype=dtype) for dtype in (torch.float32, torch.int64))
     _C.softmax_cross_entropy(
         _DTYPES[logits.dtype],
         logits.data_ptr(),

@@ -36,7 +36,7 @@ def ewc_penalty(
     """
     _check("ewc_penalty", params, anchors=anchors, **({} if fishers is None else {"fishers": fishers}))
     if not params:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     return _ewc_penalty(list(params), list(anchors), list(fishers or ()), strength)
 
 

@@ -96,3 +96,13 @@ def test_rows_apart():
     for view in (logits, copy):
         cross_entropy.softmax_cross_entropy_(view, targets, None, 0.0, True)
     assert torch.equal(logits, copy) and wide[:, :3].isnan().all() and wide[:, 53:].isnan().all()
+
+
+def test_losses_are_fp32_whatever_torchs_default():
+    logits = torch.randn(3, 40)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        losses, _ = cross_entropy.softmax_cross_entropy_(logits.clone(), torch.arange(3), None, 0.0, False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, torch.arange(3), reduction="none"))

@@ -230,3 +230,20 @@ def test_rows_more_than_32_bits_apart():
         (layer.x, x, lora.lora_fused, layer.W, None, layer.S, layer.B, 0.5),
     ]:
         torch.testing.assert_close(operator(far, *arguments), operator(near, *arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_partial_sums_are_fp32_whatever_torchs_default(default):
+    layer = Layer(600, 33, 40, 3, torch.bfloat16, 6554, 1, "contiguous", 2)
+
+    def gradients():
+        dS, dB = lora.lora_grad_sb(layer.dY, layer.S, layer.B, 0.5)
+        return dS, dB, *lora.lora_grad_ax(layer.x, layer.dS, layer.A, *layer.mask, True)
+
+    expected = gradients()
+    torch.set_default_dtype(default)
+    try:
+        found = gradients()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
