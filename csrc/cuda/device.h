@@ -119,6 +119,13 @@ DEVICE void store(T* p, T value) {
   *p = value;
 }
 
+/// p, which points to global memory: of a pointer out of memory nvcc doesn't know, and would ask at every access.
+template <class T>
+DEVICE T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 /// Four words from or to a multiple of 16 bytes, in one access. Global or shared memory.
@@ -194,6 +201,7 @@ using gpusim::device::cp_async16;
 using gpusim::device::cp_async_commit;
 using gpusim::device::cp_async_wait;
 using gpusim::device::from_float;
+using gpusim::device::in_global;
 using gpusim::device::ldmatrix_x4;
 using gpusim::device::ldmatrix_x4_trans;
 using gpusim::device::load;

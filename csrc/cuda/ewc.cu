@@ -71,9 +71,9 @@ template <class T, bool WEIGHTED>
 __global__ void __launch_bounds__(THREADS) penalty_kernel(Table table, float strength, double* partials) {
   SHARED(shared, double[THREADS / WARP]);
   const Chunk chunk = find_chunk(table);
-  const T *theta = (const T*)chunk.tensor.theta, *anchor = (const T*)chunk.tensor.anchor;
-  const T* fisher = (const T*)chunk.tensor.fisher;
-  T* grad = (T*)chunk.tensor.grad;
+  const T *theta = in_global((const T*)chunk.tensor.theta), *anchor = in_global((const T*)chunk.tensor.anchor);
+  const T* fisher = in_global((const T*)chunk.tensor.fisher);
+  T* grad = in_global((T*)chunk.tensor.grad);
   const bool vector = aligned(theta) && aligned(anchor) && aligned(grad) && (!WEIGHTED || aligned(fisher));
   double value = 0;
   each_eight(chunk, [&](int64_t at, int valid) {
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(const double* partials, in
 template <class T>
 __global__ void __launch_bounds__(THREADS) accumulate_kernel(Table table, float weight) {
   const Chunk chunk = find_chunk(table);
-  T* fisher = (T*)chunk.tensor.fisher;
-  const T* grad = (const T*)chunk.tensor.grad;
+  T* fisher = in_global((T*)chunk.tensor.fisher);
+  const T* grad = in_global((const T*)chunk.tensor.grad);
   const bool vector = aligned(fisher) && aligned(grad);
   each_eight(chunk, [&](int64_t at, int valid) {
     float f[8], g[8];

@@ -2,9 +2,11 @@
 // of device.h, in words of 32 bits, which are two elements of bf16 or f16 (k = 16) or one of fp32 (k = 8). Lane (g, t)
 // = (lane / 4, lane % 4) holds
 //
-//     A   words t and t + 4 of rows g and g + 8:   a[0] = (g, t)   a[1] = (g + 8, t)   a[2] = (g, t + 4)   a[3] = (g +
-//     8, t + 4) B   words t and t + 4 of column g:           b[0], b[1] D   columns 2t and 2t + 1 of row g: d[0], d[1]
-//     of row g + 8:   d[2], d[3]
+//     A   words t and t + 4 of rows g and g + 8     a[0] = (g, t)       a[1] = (g + 8, t)
+//                                                   a[2] = (g, t + 4)   a[3] = (g + 8, t + 4)
+//     B   words t and t + 4 of column g             b[0], b[1]
+//     D   columns 2t and 2t + 1 of row g            d[0], d[1]
+//                               of row g + 8        d[2], d[3]
 //
 // A sum does not care for the order of its terms, so long as A and B agree on it. So k is permuted inside each 32:
 //

@@ -21,7 +21,7 @@ from codegen import nvcc, occupancy, sass
 TESTS = Path(__file__).parents[1]
 PATH = TESTS.parent / "benchmarks/results/codegen.csv"
 MMA = r"HMMA|HGMMA|UTC\w*MMA"
-VECTORS = r"(LDG?|STG?|LDGSTS)\.E\.(\w+\.)*128"  # LD and ST where a table holds the pointers
+VECTORS = r"(LDG|STG|LDGSTS)\.E\.(\w+\.)*128"
 WIDE = r"IMAD\.WIDE\.U32|IMAD\.HI\.U32|UIMAD\.WIDE\.U32"
 
 

@@ -31,6 +31,11 @@ def test_nothing_spills_and_nothing_is_in_local_memory(kernels):
     assert not failing(kernels, lambda k: k.stack + k.local + k.count("STL|LDL"))
 
 
+def test_every_access_knows_its_memory(kernels):
+    """A generic one, by a pointer of which the compiler knows nothing, asks whether it is shared, local or global."""
+    assert not failing(kernels, lambda k: k.count(r"(LD|ST)\.|QSPC"))
+
+
 def test_no_double_precision_but_in_sums_of_values(kernels):
     """Half the speed of fp32 at best: EWC's value is summed in it, and nothing else."""
     others = [k for k in kernels if not re.search("penalty_kernel|sum_kernel", k.name)]

@@ -59,8 +59,7 @@ struct dim3 {
 
 #define __syncthreads() gpusim::barrier(__FILE__, __LINE__)
 
-// ---------------------------------------------------------------------------------------------- the runtime's
-// interface
+// ----------------------------------------------------------------------------------------------- the emulator's inside
 
 namespace gpusim {
 
@@ -191,6 +190,11 @@ template <class T>
 void store(T* p, typename std::common_type<T>::type value) {
   touch(WRITE, p, sizeof(T), sizeof(T));
   memcpy(p, &value, sizeof(T));
+}
+
+template <class T>
+T* in_global(T* p) {
+  return p;
 }
 
 inline void load_16(const void* p, uint32_t* words) {
