@@ -122,12 +122,13 @@ def ewc_accumulate_(fishers: Sequence[Tensor], grads: Sequence[Tensor], weight: 
 
 def _written_table(first: Tensor, sizes: Sizes, addresses: Addresses) -> tuple[Tensor, bool]:
     """A row a chunk, of its size and its address in each group; and whether all addresses are multiples of 16."""
-    size = torch.tensor(sizes)
-    counts = (size + CHUNK - 1) // CHUNK
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    begin = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
-    starts = [torch.tensor(group)[tensor] + begin * first.element_size() for group in addresses]
-    table = torch.stack([(size[tensor] - begin).clamp(max=CHUNK), *starts], 1)
+    with torch.device("cpu"):
+        size = torch.tensor(sizes)
+        counts = (size + CHUNK - 1) // CHUNK
+        tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        begin = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
+        starts = [torch.tensor(group)[tensor] + begin * first.element_size() for group in addresses]
+        table = torch.stack([(size[tensor] - begin).clamp(max=CHUNK), *starts], 1)
     return table.to(first.device), bool((table[:, 1:] % 16 == 0).all())
 
 

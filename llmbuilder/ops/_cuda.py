@@ -218,7 +218,7 @@ class _Table(NamedTuple):
 
 def _written_table(first: Tensor, sizes: Sizes, addresses: Addresses) -> _Table:
     size = _kernels.ewc_table_bytes(len(sizes))
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=first.is_cuda)
+    host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=first.is_cuda)
     chunks = _kernels.ewc_table(host.data_ptr(), *addresses, sizes)
     return _Table(host.to(first.device, non_blocking=True), chunks)
 

@@ -140,6 +140,12 @@ def test_a_table_is_not_taken_for_that_of_tensors_elsewhere(cuda):
     torch.testing.assert_close(params[0].grad, 0.5 * fishers[0] * (params[0] - anchors[0]))
 
 
+def test_torchs_default_device_is_not_where_a_table_is_written(cuda):
+    grads, _, fishers = make([100, 50], torch.float32)
+    with torch.device("meta"):
+        _cuda.ewc_accumulate_(fishers, grads, 0.5)
+
+
 def test_no_tensors_and_no_elements(cuda):
     assert ops.ewc_penalty_([], [], None, 1.0).item() == 0
     params, anchors, fishers = make([0, 0], torch.float32)

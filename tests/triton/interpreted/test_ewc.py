@@ -121,6 +121,12 @@ def test_a_table_is_not_taken_for_that_of_tensors_elsewhere():
         assert ewc.ewc_penalty_(tensors.params, tensors.anchors, tensors.fishers, 2.0) != values[0]
 
 
+def test_torchs_default_device_is_not_where_a_table_is_written():
+    tensors = Tensors([5, ewc.CHUNK + 1], torch.float32, 0, 1)
+    with tensors.allowed(), torch.device("meta"):
+        ewc.ewc_accumulate_(tensors.fishers, tensors.grads, 0.3)
+
+
 def test_no_tensors():
     assert ewc.ewc_accumulate_([], [], 1.0) is None
     empty = Tensors([0], torch.float32, 0, 1)
