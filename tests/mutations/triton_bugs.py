@@ -381,7 +381,7 @@ BUGS = [
         "elementwise",
         "ewc: chunks of every dtype two bytes wide",
         "ewc.py",
-        "begin * width",
+        "begin * first.element_size()",
         "begin * 2",
         EWC,
         "penalty",
