@@ -42,9 +42,9 @@ def onednn_is_precise() -> bool:
 
     Its error against fp64 may be four times that of ``F.linear`` (about twice is normal; bf16 gives thousands).
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    here = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    x, weight = (torch.randn(rows, 512, **here) for rows in (96, 80))
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(rows, 512, generator=generator, dtype=torch.float32) for rows in (96, 80))
     exact = x.double() @ weight.double().t()
     try:
         product = _onednn(x, weight, None)
