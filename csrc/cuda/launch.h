@@ -90,7 +90,7 @@ Status launch_kernel(const std::string& name, void (*kernel)(Parameters...), Blo
   const DeviceGuard guard(launch.device);
   if (guard.error() != cudaSuccess) return failed(name, "device", guard.error());
 #ifdef LLMBUILDER_EMULATED
-  gpusim::name_kernel(name.c_str());
+  gpusim::register_kernel(kernel, name.c_str());
 #endif
   if (shared > SHARED_WITHOUT_OPT_IN)
     if (Status status = opt_in(name, (const void*)kernel, int(shared), launch); !status) return status;

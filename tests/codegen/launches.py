@@ -4,10 +4,10 @@ import functools
 from itertools import product
 
 import torch
-from ptx.device import Launch, device
+from gpusim.record import Launch, Recorder, build
 from ptx.operators import CALLS, Case, draw
 
-from llmbuilder.ops import _cuda
+from llmbuilder.ops import _backend, _cuda
 
 RANKS = (8, 24, 40, 100, 200)  # one for each tile
 TYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
@@ -17,7 +17,8 @@ TYPES = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False)
 def launches() -> dict[str, Launch]:
     """By the kernel's symbol; of several launches of one kernel that with the most shared memory."""
     found: dict[str, Launch] = {}
-    with device().recording() as noted:
+    recorder = Recorder(build())
+    with _backend.emulated(recorder.module):
         for operator, (dtype, tf32), rank, sliced in product(CALLS, TYPES, RANKS, (False, True)):
             case = Case(operator, dtype, 64, 64, 64, rank, threshold=6554, sliced=sliced, tf32=tf32)
             before, _cuda.allows_tf32 = _cuda.allows_tf32, lambda tf32=tf32: tf32
@@ -28,7 +29,7 @@ def launches() -> dict[str, Launch]:
         for dtype in _cuda.DTYPES:
             draw(Case("lora_shrink", dtype, 16, 1, 8192, 8)).call(_cuda)  # few rows: the depth in slices
             _others(dtype)
-    for launch in noted:
+    for launch in recorder.launches():
         if launch.symbol not in found or launch.shared > found[launch.symbol].shared:
             found[launch.symbol] = launch
     return found

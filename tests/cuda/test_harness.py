@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from gpusim.harness import DEVICE, STREAM
+from gpusim.record import KERNELS, LauncherError
 
 from llmbuilder.ops import _cuda
 
@@ -53,3 +55,36 @@ def test_traffic_is_known_by_name(cuda):
     (launch,) = launches
     assert launch.kernel == "dropout_kernel" and launch.traffic["x"].unique_read == x.nbytes
     assert launch.traffic["float32[9, 16]"].unique_written == x.nbytes
+
+
+WAITS = {
+    "item": lambda y: y.sum().item(),
+    "__bool__": lambda y: 1 if y.any() else 0,
+    "__float__": lambda y: float(y[0, 0]),
+    "tolist": lambda y: y.tolist(),
+    "equal": lambda y: torch.equal(y, y),
+    "tensor": lambda y: y + torch.tensor(1.0),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_nobody_waits_for_a_result_in_a_capture(cuda, name):
+    x = torch.randn(9, 16)
+    with cuda.capturing():
+        y = _cuda.dropout(x, 100, SEED, 0)
+        with pytest.raises(RuntimeError, match=f"{name} while a stream is captured"):
+            WAITS[name](y)
+    WAITS[name](y)
+
+
+def test_a_launcher_that_does_wrong_ends_the_test(cuda, monkeypatch):
+    monkeypatch.setitem(KERNELS, "dropout", "two_kernels")
+    with pytest.raises(LauncherError, match="dropout launches dropout"):
+        _cuda.dropout(torch.randn(4, 8), 100, SEED, 0)
+
+
+def test_launches_go_to_a_stream_of_another_gpu(cuda):
+    _cuda.dropout(torch.randn(4, 8), 100, SEED, 0)
+    (launch,) = cuda.recorder.launches()
+    assert (launch.name, launch.device, launch.stream) == ("dropout", DEVICE, STREAM)
+    assert DEVICE != cuda.recorder.device() == 0 != STREAM

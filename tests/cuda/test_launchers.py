@@ -1,8 +1,9 @@
-"""The launchers as nvcc compiles them, over a stand-in for the CUDA runtime that records what they ask of it."""
+"""The launchers as nvcc and as g++ compile them, over a CUDA runtime that records what they ask of it."""
 
 import ctypes
 import math
 import re
+from contextlib import contextmanager
 
 import pytest
 from codegen import nvcc
@@ -15,11 +16,26 @@ NOWHERE = {"dX"}  # a matrix whose null address says that it isn't wanted
 COUNTS = {"rows", "columns", "count", "chunks"}
 
 
-@pytest.fixture(scope="module")
-def recorder():
-    if reason := build.why_not() or ("" if nvcc.nvcc() else "no nvcc was found, which compiles the launchers"):
+BY_NVCC = pytest.mark.parametrize("recorder", ["nvcc"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["nvcc", "g++"])
+def recorder(request):
+    """The launchers of each compiler, which put kernels on streams that nobody runs."""
+    if reason := build.why_not():
         pytest.skip(reason)
-    return record.Recorder(record.build())
+    if request.param == "nvcc" and not nvcc.nvcc():
+        pytest.skip("no nvcc was found, which compiles the launchers")
+    with idle(record.build() if request.param == "nvcc" else build.build()) as recorder:
+        yield recorder
+
+
+@contextmanager
+def idle(path):
+    """A recorder that has no kernel run."""
+    recorder = record.Recorder(path)
+    with recorder.run_by(None):
+        yield recorder
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +55,12 @@ def clean(recorder):
     recorder.clear()
 
 
+@BY_NVCC
 def test_launchers_call_nothing_that_allocates_copies_or_waits(recorder):
     assert record.called(record.objects()) <= record.ALLOWED
 
 
+@BY_NVCC
 def test_what_launchers_must_not_do_is_seen(recorder, tmp_path):
     source = record.HERE / "forbidden.cu"
     compiled = nvcc.make(tmp_path / "forbidden.o", nvcc.nvcc(), "-c", "-arch=sm_80", "-Xcompiler=-fPIC", str(source))
@@ -56,14 +74,25 @@ def test_what_launchers_must_not_do_is_seen(recorder, tmp_path):
     assert forbidden == ["cudaMalloc", "cudaStreamSynchronize", "kernel<<<>>>"]
 
 
-def test_kernels_go_to_the_device_and_the_stream(recorder, every_call):
+def test_kernels_are_the_launchers_own_and_go_to_the_device_and_the_stream(recorder, every_call):
     for call in every_call:
-        recorder.clear()
-        call.launch(DEVICE, STREAM)
-        launches = recorder.launches()
-        assert launches and {(each.device, each.stream, each.error) for each in launches} == {(DEVICE, STREAM, 0)}
-        assert recorder.device() == 0, f"{call.name}: the caller's device is current again"
-        assert not recorder.forbidden()
+        launcher = call.name.split("-")[0]
+        with recorder.watching(launcher, DEVICE, STREAM):
+            call.launch(DEVICE, STREAM)
+        assert len(recorder.launches()) == number_of_kernels(launcher, call.arguments), call.name
+    assert recorder.launched.keys() == record.KERNELS.keys()
+
+
+def number_of_kernels(launcher, arguments):
+    """Sums that several blocks share take a second launch, gradients by B and S of more than 32 ranks a third."""
+    if launcher == "lora_grad_sb":
+        return 2 if arguments["B"][2] <= 32 else 3
+    return 2 if arguments.get("workspace") else 1
+
+
+def test_every_launcher_is_watched(recorder):
+    host = re.compile(r".*_(workspace|bytes|table|version)|DType|__.*")
+    assert {name for name in vars(recorder.module) if not host.fullmatch(name)} == record.KERNELS.keys()
 
 
 def test_the_device_is_left_alone_where_it_is_current(recorder, every_call):
@@ -71,6 +100,7 @@ def test_the_device_is_left_alone_where_it_is_current(recorder, every_call):
     assert "set_device" not in {words[0] for words in recorder.events()}
 
 
+@BY_NVCC
 def test_no_block_is_larger_than_its_kernel_was_compiled_for(recorder, every_call):
     """__launch_bounds__, which nvcc hands on to the driver and the emulator doesn't see."""
     bounds = {}
@@ -87,10 +117,23 @@ def test_no_block_is_larger_than_its_kernel_was_compiled_for(recorder, every_cal
     assert len(seen) > 30
 
 
+@BY_NVCC
+def test_both_compilers_launchers_launch_the_same(recorder, every_call, memory):
+    """What holds for the one's launches, such as their bounds, holds for the other's in the dry runs."""
+    with idle(build.build()) as other:
+        for by_nvcc, by_gcc in zip(every_call, calls(other.module, memory), strict=True):
+            found = []
+            for watch, call in ((recorder, by_nvcc), (other, by_gcc)):
+                watch.clear()
+                call.launch(DEVICE, STREAM)
+                found.append([(each.name, each.grid, each.block, each.shared) for each in watch.launches()])
+            assert found[0] == found[1], by_nvcc.name
+
+
 def launched(recorder, call, device, stream):
     recorder.clear()
     call.launch(device, stream)
-    return [(each.kernel, each.grid, each.block, each.shared) for each in recorder.launches()]
+    return [(each.symbol, each.grid, each.block, each.shared) for each in recorder.launches()]
 
 
 def test_a_capture_records_the_same_launches(recorder, every_call):
@@ -206,12 +249,12 @@ def test_what_the_runtime_reports_is_an_error_and_is_not_left_for_others(recorde
     for function, error in (("cudaLaunchKernel", 701), ("cudaSetDevice", 46), ("cudaGetDevice", 35)):
         recorder.fail(function, error)
         try:
-            with pytest.raises(RuntimeError, match=f"recorded error {error}"):
+            with pytest.raises(RuntimeError, match=rf"{function} was told to fail \(error {error}\)"):
                 every_call[0].launch(DEVICE, STREAM)
         finally:
             recorder.fail(function, 0)
         assert recorder.last_error() == 0
     recorder.clear()
-    with pytest.raises(RuntimeError, match="recorded error 101"):
+    with pytest.raises(RuntimeError, match="there are 4 devices, no device 9"):
         every_call[0].launch(9, 9 * record.STREAMS)
     assert not recorder.launches()

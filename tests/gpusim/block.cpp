@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "runtime.h"
@@ -17,7 +16,8 @@ Record record;
 
 namespace {
 
-constexpr int MAX_THREADS = 1024;  // of a block
+constexpr int MAX_THREADS = 1024;         // of a block
+constexpr uint64_t MAX_BLOCKS = 1 << 24;  // more are more than one wants to emulate
 
 std::vector<std::unique_ptr<BlockThread>> threads;  // of the block under way: the first `alive_at_start`
 std::vector<int> runnable, at_barrier;
@@ -25,12 +25,10 @@ int alive, alive_at_start;
 uint32_t number_of_block, epoch;
 const char* barrier_file;
 int barrier_line;
-const std::function<void()>* body;
+const recorder::Launch* launched;
 bool failed;
-std::string message, last_message, next_name = "kernel";
+std::string message;
 char barrier_key, block_begins, block_ends;  // for TSan
-std::map<const void*, int> opted_in;         // dynamic shared memory that a kernel may have
-int current_device;
 uint64_t random_state;
 
 uint32_t random_number() {  // xorshift64 (Marsaglia 2003)
@@ -53,7 +51,7 @@ void open_barrier_if_complete() {
 
 void thread_body() {
   acquire(&block_begins);
-  (*body)();
+  launched->body(launched->kernel, launched->arguments);
   end_copies();
   release(&block_ends);
   BlockThread& thread = current();
@@ -104,9 +102,9 @@ void run_threads() {
   }
 }
 
-void run_block(dim3 grid, dim3 block, size_t shared, bool may_exceed) {
-  begin_shared(shared, may_exceed);
-  start_threads(grid, block);
+void run_block() {
+  begin_shared(launched->shared, launched->shared_limit);
+  start_threads(launched->grid, launched->block);
   release(&block_begins);
   run_threads();
   acquire(&block_ends);
@@ -125,26 +123,32 @@ std::vector<uint32_t> order_of_blocks(uint32_t count) {
   return order;
 }
 
-cudaError_t refuse(cudaError_t error, const std::string& why) {
-  last_message = why;
-  return error;
-}
-
-cudaError_t check_configuration(dim3 grid, dim3 block) {
-  const auto text = [](dim3 d) {
-    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
-  };
-  const uint64_t size = uint64_t(block.x) * block.y * block.z;
-  if (size == 0 || size > MAX_THREADS || block.z > 64)
-    return refuse(cudaErrorInvalidConfiguration, "no block can have " + text(block) + " threads");
-  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    return refuse(cudaErrorInvalidConfiguration, "no grid can have " + text(grid) + " blocks");
-  if (uint64_t(grid.x) * grid.y * grid.z > 1u << 24)
-    return refuse(cudaErrorInvalidConfiguration, "more blocks than one wants to emulate: " + text(grid));
+/// What the runtime has a launch run by; one at a time.
+int run_grid(const recorder::Launch* launch) {
+  const uint64_t blocks = uint64_t(launch->grid.x) * launch->grid.y * launch->grid.z;
+  if (blocks > MAX_BLOCKS)
+    return recorder::refuse(cudaErrorInvalidConfiguration, std::to_string(blocks) + " blocks are too many to emulate");
+  random_state = 88172645463325252ull + settings.seed * 0x9E3779B97F4A7C15ull;
+  failed = false;
+  launched = launch;
+  record = Record();
+  record.kernel = launch->name;
+  record.grid = launch->grid;
+  record.block = launch->block;
+  record.dynamic_shared = launch->shared;
+  begin_memory();
+  for (uint32_t block : order_of_blocks(uint32_t(blocks))) {
+    number_of_block = block;
+    run_block();
+    if (failed) break;
+  }
+  end_memory();
+  if (failed) return recorder::refuse(cudaErrorLaunchFailure, message);
+  if (settings.recording) records.push_back(record);
   return cudaSuccess;
 }
 
-std::mutex one_launch;
+[[maybe_unused]] const auto nobody = recorder_set_run(run_grid);  // when the library is loaded
 
 }  // namespace
 
@@ -185,59 +189,4 @@ void barrier(const char* file, int line) {
   acquire(&barrier_key);
 }
 
-void name_kernel(const char* name) { next_name = name; }
-
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread) {
-  const std::lock_guard<std::mutex> lock(one_launch);
-  if (cudaError_t error = check_configuration(grid, block)) return error;
-  const auto allowed = opted_in.find(kernel);
-  const bool may_exceed = allowed != opted_in.end();
-  if (shared > size_t(may_exceed ? allowed->second : 48 << 10))
-    return refuse(cudaErrorInvalidValue,
-                  std::to_string(shared) + " bytes of dynamic shared memory, more than opted in to");
-  random_state = 88172645463325252ull + settings.seed * 0x9E3779B97F4A7C15ull;
-  failed = false;
-  body = &thread;
-  record = Record();
-  record.kernel = next_name;
-  record.grid = grid;
-  record.block = block;
-  record.dynamic_shared = shared;
-  begin_memory();
-  for (uint32_t block_index : order_of_blocks(grid.x * grid.y * grid.z)) {
-    number_of_block = block_index;
-    run_block(grid, block, shared, may_exceed);
-    if (failed) break;
-  }
-  end_memory();
-  if (failed) return refuse(cudaErrorLaunchFailure, message);
-  if (settings.recording) records.push_back(record);
-  return cudaSuccess;
-}
-
 }  // namespace gpusim
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = gpusim::current_device;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-  if (device != 0) return gpusim::refuse(cudaErrorInvalidDevice, "there is device 0 alone");
-  gpusim::current_device = device;
-  return cudaSuccess;
-}
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return gpusim::last_message.c_str(); }
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || size_t(value) > gpusim::settings.shared_limit)
-    return gpusim::refuse(cudaErrorInvalidValue, "a block has at most " +
-                                                     std::to_string(gpusim::settings.shared_limit) +
-                                                     " bytes of shared memory here, not " + std::to_string(value));
-  gpusim::opted_in[kernel] = value;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = gpusim::settings.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}

@@ -22,7 +22,7 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RUNTIME = [HERE / name for name in ("block.cpp", "fiber.cpp", "memory.cpp", "numbers.cpp", "warp.cpp")]
+RUNTIME = [HERE / name for name in ("recorder.cpp", "block.cpp", "fiber.cpp", "memory.cpp", "numbers.cpp", "warp.cpp")]
 COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-march=native", "-ffp-contract=off"]
 COMMON += ["-DLLMBUILDER_EMULATED"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-function"]

@@ -7,10 +7,6 @@ extern "C" {
 
 /// Threads and blocks run in another order for each seed; 0: in their own.
 void gpusim_seed(uint64_t seed);
-/// What a block may have of shared memory with opt-in: 163 KB on sm_80, 99 on sm_86, 89 and 120, 227 on sm_90 and 100.
-void gpusim_shared_limit(uint64_t bytes);
-/// What cudaStreamIsCapturing says.
-void gpusim_capturing(int capturing);
 
 /// From now on kernels may touch global memory in registered buffers alone: `rows` of `row_bytes`, `stride` bytes
 /// apart.

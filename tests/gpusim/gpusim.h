@@ -3,7 +3,8 @@
 //
 // A thread is a fiber. Threads run one at a time, and switch at barriers and warp operations, in an order drawn from a
 // seed: another seed is another schedule. Blocks run one after another, in an order drawn too. What a GPU would refuse,
-// or would leave undefined, ends the launch with cudaErrorLaunchFailure and a message. Seen here:
+// or would leave undefined, ends the launch with cudaErrorLaunchFailure and a message; what is wrong with the launch
+// itself the runtime refuses (recorder.cpp). Seen here:
 //
 //   barriers      reached by some of the threads only, or at different lines, or after others have left; deadlocks
 //   warps         lanes that call different operations or with different masks; shuffles from lanes outside the mask
@@ -24,20 +25,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <type_traits>
 #include <utility>
 
 #include "llmbuilder/dtype.h"
+#include "recorder.h"
 
 // ------------------------------------------------------------------------------------------------------- CUDA's names
 
 struct uint3 {
   unsigned x, y, z;
-};
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 #define __global__
@@ -243,43 +240,22 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
 
 }  // namespace gpusim::device
 
-// ------------------------------------------------------------------------- the few functions of CUDA's runtime in use
-
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorInvalidDevice = 101,
-  cudaErrorLaunchFailure = 719
-};
-using cudaStream_t = void*;
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
-
-cudaError_t cudaGetDevice(int* device);
-cudaError_t cudaSetDevice(int device);
-cudaError_t cudaGetLastError();
-const char* cudaGetErrorString(cudaError_t error);  // of cudaErrorLaunchFailure: what the emulator saw
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+// ----------------------------------------------------------------------------------------------- what launchers may do
 
 namespace gpusim {
 
-/// Runs `thread` once for each thread of the grid.
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
-/// The name in the record of the next launch.
-void name_kernel(const char* name);
-
+/// Calls a kernel with the arguments of a launch, for the running thread.
 template <class... Parameters, size_t... I>
-void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
-  kernel(*static_cast<std::remove_cv_t<Parameters>*>(arguments[I])...);
+void call(const void* kernel, void** arguments, std::index_sequence<I...>) {
+  reinterpret_cast<void (*)(Parameters...)>(kernel)(*static_cast<std::remove_cv_t<Parameters>*>(arguments[I])...);
+}
+
+/// Makes a kernel known to the runtime; a launcher does so before it asks anything of it.
+template <class... Parameters>
+void register_kernel(void (*kernel)(Parameters...), const char* name) {
+  recorder::register_kernel(reinterpret_cast<const void*>(kernel), name, [](const void* known, void** arguments) {
+    call<Parameters...>(known, arguments, std::index_sequence_for<Parameters...>());
+  });
 }
 
 }  // namespace gpusim
-
-template <class... Parameters>
-cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t shared,
-                             cudaStream_t) {
-  return gpusim::launch(reinterpret_cast<const void*>(kernel), grid, block, shared,
-                        [=] { gpusim::call(kernel, arguments, std::index_sequence_for<Parameters...>()); });
-}

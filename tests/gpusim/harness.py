@@ -5,7 +5,8 @@
         y = llmbuilder.ops.dropout(x, 0.1)
     launches[0].traffic["x"].unique_read == x.nbytes
 
-While it serves, a kernel may touch the memory of those tensors alone whose address it was given, row by row.
+While it serves, a kernel may touch the memory of those tensors alone whose address it was given, row by row; and each
+call of a launcher is watched by the recording runtime (record.py), as if work went to a stream of a second GPU.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpusim.build import load
+from gpusim.record import KERNELS, STREAMS, Recorder
 from torch import Tensor
 
 _address = Tensor.data_ptr  # the true one, also while an emulator serves
@@ -26,6 +27,14 @@ _address = Tensor.data_ptr  # the true one, also while an emulator serves
 # What a block may have of shared memory, with opt-in, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications).
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+DEVICE, STREAM = 1, STREAMS + 7  # where work goes while an emulator serves; device 0 is current
+
+# What has the host wait for a GPU's result, or copy from memory that a graph would not find again.
+WAITING = {
+    Tensor: ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"),
+    torch: ("equal", "nonzero", "tensor"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,8 @@ class Emulator:
     """A library that ``build`` made."""
 
     def __init__(self, path: Path):
-        self._path = path
         self._library = ctypes.CDLL(str(path))
+        self.recorder = Recorder(path)
         for name in ("gpusim_kernel", "gpusim_buffer"):
             getattr(self._library, name).restype = ctypes.c_char_p
         for name in ("gpusim_launches", "gpusim_buffers"):
@@ -74,11 +83,11 @@ class Emulator:
         return self._library
 
     def module(self) -> ModuleType:
-        """What stands for ``_C.cuda``: the bindings, after each call of which registered buffers are forgotten."""
-        bindings, module = load(self._path), ModuleType("_emulated")
-        for name, value in vars(bindings).items():
-            of_the_host = isinstance(value, type) or name.endswith(("_workspace", "_bytes", "_table"))
-            setattr(module, name, self._forgetting(value) if callable(value) and not of_the_host else value)
+        """What stands for ``_C.cuda``: the bindings, each launcher watched, after each call of which registered
+        buffers are forgotten."""
+        module = self.recorder.watched()
+        for name in KERNELS:
+            setattr(module, name, self._forgetting(getattr(module, name)))
         return module
 
     def _forgetting(self, launcher: Callable) -> Callable:
@@ -93,7 +102,7 @@ class Emulator:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """The kernels are the backend `cuda`, for tensors on the CPU; what they are given to fill is full of NaN."""
-        from llmbuilder.ops import _backend
+        from llmbuilder.ops import _backend, _cuda
 
         def registering(tensor: Tensor) -> int:
             self.register(tensor)
@@ -101,10 +110,26 @@ class Emulator:
 
         with ExitStack() as stack:
             stack.enter_context(_backend.emulated(self.module()))
+            stack.enter_context(mock.patch.object(_cuda, "_at", lambda tensor: (DEVICE, STREAM)))
             stack.enter_context(mock.patch.object(Tensor, "data_ptr", registering))
             for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
                 stack.enter_context(mock.patch.object(owner, name, _poisoning(getattr(owner, name))))
             stack.callback(self.forget)
+            yield
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The stream is captured in a graph: launchers may launch alone, and nobody may look at a result. Kernels run
+        all the same."""
+        from llmbuilder.ops import _cuda
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(_cuda, "_capturing", lambda tensor: True))
+            for owner, names in WAITING.items():
+                for name in names:
+                    stack.enter_context(mock.patch.object(owner, name, _refused(name)))
+            self.recorder.capture(STREAM)
+            stack.callback(self.recorder.capture, None)
             yield
 
     def register(self, tensor: Tensor, name: str | None = None) -> None:
@@ -132,11 +157,7 @@ class Emulator:
 
     def target(self, capability: int) -> None:
         """Shared memory of the GPU that is emulated, as 80, 86, 89, 90, 100 or 120."""
-        self._library.gpusim_shared_limit(ctypes.c_uint64(SHARED_LIMITS[capability]))
-
-    def capture(self, capturing: bool) -> None:
-        """Whether streams say that they are captured in a graph."""
-        self._library.gpusim_capturing(int(capturing))
+        self.recorder.shared_limit(SHARED_LIMITS[capability])
 
     @contextmanager
     def recording(self, **tensors: Tensor) -> Iterator[list[Launch]]:
@@ -176,6 +197,13 @@ def _poisoning(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if type(tensor) is Tensor and tensor.device.type == "cpu":
             tensor.untyped_storage().fill_(0xFF)
         return tensor
+
+    return call
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"{name} while a stream is captured: no graph can do that")
 
     return call
 

@@ -129,7 +129,7 @@ struct SharedArray {
 };
 
 std::vector<SharedArray> shared_arrays;  // of the block; the first is the dynamic one
-bool may_exceed_limit;
+uint64_t shared_limit;                   // of static and dynamic bytes together
 
 const SharedArray* find_shared(uintptr_t address, size_t bytes) {
   for (const SharedArray& array : shared_arrays) {
@@ -178,8 +178,8 @@ void end_memory() {
   }
 }
 
-void begin_shared(size_t dynamic_bytes, bool may_exceed) {
-  may_exceed_limit = may_exceed;
+void begin_shared(size_t dynamic_bytes, uint64_t limit) {
+  shared_limit = limit;
   shared_arrays.emplace_back(nullptr, "DYN_SMEM", dynamic_bytes);
 }
 
@@ -205,10 +205,9 @@ void* static_shared(const void* site, const char* name, size_t bytes, size_t ali
   for (const SharedArray& array : shared_arrays)
     if (array.site) total += array.bytes;
   record.static_shared = std::max(record.static_shared, total);
-  const uint64_t limit = may_exceed_limit ? settings.shared_limit : STATIC_LIMIT;
-  if (total > STATIC_LIMIT || total + record.dynamic_shared > limit)
+  if (total > STATIC_LIMIT || total + record.dynamic_shared > shared_limit)
     fail("%llu bytes of static and %llu of dynamic shared memory: more than %llu", (unsigned long long)total,
-         (unsigned long long)record.dynamic_shared, (unsigned long long)limit);
+         (unsigned long long)record.dynamic_shared, (unsigned long long)shared_limit);
   return shared_arrays.back().data();
 }
 
@@ -246,8 +245,6 @@ void end_copies() {
 using namespace gpusim;
 
 void gpusim_seed(uint64_t seed) { settings.seed = seed; }
-void gpusim_shared_limit(uint64_t bytes) { settings.shared_limit = bytes; }
-void gpusim_capturing(int capturing) { settings.capturing = capturing; }
 
 void gpusim_register(const char* name, uint64_t address, uint64_t rows, uint64_t row_bytes, uint64_t stride) {
   for (const Buffer& buffer : buffers)

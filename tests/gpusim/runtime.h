@@ -48,9 +48,8 @@ struct Record {
 
 /// What the host has set, and what has been recorded.
 struct Settings {
-  uint64_t seed = 0;               // of the schedule; 0: threads and blocks in order
-  size_t shared_limit = 99 << 10;  // of a block, with opt-in: that of sm_86, sm_89 and sm_120
-  bool capturing = false, recording = false;
+  uint64_t seed = 0;  // of the schedule; 0: threads and blocks in order
+  bool recording = false;
 };
 extern Settings settings;
 extern std::vector<Record> records;
@@ -71,8 +70,8 @@ int lanes_waiting();
 // memory.cpp
 void begin_memory();  // of a launch
 void end_memory();
-void begin_shared(size_t dynamic_bytes, bool may_exceed);  // of a block
-std::string end_shared();                                  // what writes beyond its bounds were found
-void end_copies();                                         // of a thread
+void begin_shared(size_t dynamic_bytes, uint64_t limit);  // of a block
+std::string end_shared();                                 // what writes beyond its bounds were found
+void end_copies();                                        // of a thread
 
 }  // namespace gpusim

@@ -58,7 +58,7 @@ def clean(emulator):
     emulator.forget()
     emulator.schedule(0)
     emulator.target(86)
-    emulator.capture(False)
+    emulator.recorder.capture(None)
 
 
 def call(emulator, function, *arguments):
@@ -162,11 +162,11 @@ def test_static_and_dynamic_shared_memory_count_together(emulator):
 
 
 def test_opting_in_to_shared_memory_waits_for_no_capture(emulator):
-    emulator.capture(True)
+    emulator.recorder.capture(0)
     assert "call it once before capturing" in launch(emulator, shared=60 << 10)
-    emulator.capture(False)
+    emulator.recorder.capture(None)
     assert launch(emulator, shared=60 << 10) == ""
-    emulator.capture(True)
+    emulator.recorder.capture(0)
     assert launch(emulator, shared=60 << 10) == ""
 
 

@@ -4,9 +4,9 @@
         S = ops._cuda.lora_shrink(x, A, ...)         # tensors on the CPU
     run.unique(x, "read")
 
-Launchers and bindings are linked with runtime.cpp instead of CUDA's runtime, so a launch arrives here with its kernel's
-name, its grid and its arguments as a GPU would get them. A kernel may touch the tensors whose addresses were asked for
-in the context, and nothing else.
+Launchers and bindings are linked with the recording runtime of gpusim/recorder.cpp instead of CUDA's, so a launch
+arrives here with its kernel's name, its grid and its arguments as a GPU would get them. A kernel may touch the tensors
+whose addresses were asked for in the context, and nothing else.
 """
 
 import ctypes
@@ -14,44 +14,24 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from codegen import nvcc
 from codegen.sass import demangled
-from gpusim.build import link, load
+from gpusim import record
 from ptx.parse import Module
 from ptx.session import Run
 
-from llmbuilder.ops import _backend
-
-CSRC = nvcc.ROOT / "csrc"
-Callback = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.POINTER(ctypes.c_uint32),
-    ctypes.POINTER(ctypes.c_uint32),
-    ctypes.POINTER(ctypes.c_void_p),
-    ctypes.c_uint64,
-)
-
-
-class Launch(NamedTuple):
-    symbol: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared: int  # dynamic bytes
+FAILED = 719  # cudaErrorLaunchFailure
 
 
 class Device:
-    """``module`` takes the place of `_C.cuda`."""
+    """A library of nvcc's launchers, and the PTX of their kernels."""
 
-    def __init__(self, module, library: ctypes.CDLL, ptx: list[str]):
-        self.module = module
+    def __init__(self, path: Path, ptx: list[str]):
+        self.recorder = record.Recorder(path)
         self._modules = [Module(text) for text in ptx]
-        self._callback = Callback(self._launch)  # kept alive
-        library.ptx_set_run(self._callback)
+        self._callback = record.RUN(self._launch)
         self._run = Run()
-        self._noted: list[Launch] | None = None
 
     @contextmanager
     def interpreting(self, seed: int = 0) -> Iterator[Run]:
@@ -59,33 +39,22 @@ class Device:
         leave undefined."""
         self._run = Run(seed)
         try:
-            with _backend.emulated(self.module), self._run.knowing():
+            with self.recorder.serving(), self.recorder.run_by(self._callback), self._run.knowing():
                 yield self._run
         except RuntimeError as error:
             raise (self._run.error or error) from error
 
-    @contextmanager
-    def recording(self) -> Iterator[list[Launch]]:
-        """Launches are noted, and nothing is run."""
-        self._noted = []
+    def _launch(self, launch) -> int:
         try:
-            with _backend.emulated(self.module):
-                yield self._noted
-        finally:
-            self._noted = None
-
-    def _launch(self, name, grid, block, arguments, shared) -> int:
-        try:
-            symbol = name.decode()
-            if self._noted is not None:
-                self._noted.append(Launch(symbol, tuple(grid[:3]), tuple(block[:3]), shared))
-                return 0
+            of = launch.contents
+            symbol = of.name.decode()
             kernel = next(m for m in self._modules if symbol in m.names).kernel(symbol)
-            values = [ctypes.string_at(arguments[i], size) for i, (_, size) in enumerate(kernel.parameters.values())]
-            self._run.launch(short_name(symbol), kernel, grid[:3], block[:3], values, shared)
+            sizes = [size for _, size in kernel.parameters.values()]
+            values = [ctypes.string_at(of.arguments[i], size) for i, size in enumerate(sizes)]
+            self._run.launch(short_name(symbol), kernel, of.grid[:], of.block[:], values, of.shared)
         except Exception as error:  # carried over the C++ frames to `interpreting`
             self._run.error = self._run.error or error
-            return 1
+            return FAILED
         return 0
 
 
@@ -96,9 +65,7 @@ def short_name(symbol: str) -> str:
 
 
 @functools.cache
-def device(csrc: Path = CSRC, only: str = "") -> Device:
+def device(csrc: Path = record.CSRC, only: str = "") -> Device:
     """Of the kernels in csrc/cuda, or of ``only`` one operator's."""
     sources = [source for source in nvcc.sources(csrc) if only in ("", source.stem)]
-    objects = nvcc.each(nvcc.host, sources)
-    path = link([csrc / "bindings.cpp", Path(__file__).with_name("runtime.cpp")], objects.values(), nvcc.KEPT)
-    return Device(load(path), ctypes.CDLL(str(path)), [nvcc.ptx(source) for source in objects])
+    return Device(record.build(csrc, only), [nvcc.ptx(source) for source in sources])
