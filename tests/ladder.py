@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from codegen.nvcc import nvcc  # noqa: E402 (found by the path above)
 
 TEST = ("-m", "pytest", "-q")
+LAUNCHERS = ("tests/gpusim/test_record.py", "tests/cuda/test_launchers.py")
 BENCHMARKS = ("tests/test_gpu_benchmarks.py",)
 
 
@@ -38,8 +39,8 @@ LADDER = [
     Rung("6a", "each seeded bug in the CUDA kernels is seen", ("tests/mutations/cuda.py",)),
     Rung("6b", "each seeded bug in Triton's kernels is seen", ("tests/mutations/triton.py",)),
     Rung("7", "machine code for six architectures: no spills, floors reached", (*TEST, "tests/codegen"), True),
-    Rung("8a", "launchers, and benchmarks up to the GPU", (*TEST, "tests/cuda/test_launchers.py", *BENCHMARKS)),
-    Rung("8b", "the GPU's tests run, emulated", (*TEST, "tests/gpu")),
+    Rung("8a", "launchers, and a dry run of the GPU's benchmarks, both recorded", (*TEST, *LAUNCHERS, *BENCHMARKS)),
+    Rung("8b", "a dry run of the GPU's tests, recorded", (*TEST, "tests/gpu")),
 ]
 
 

@@ -1,12 +1,14 @@
 """The GPU benchmarks without a GPU: every path of their code, every check of results, and not a figure kept."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from gpusim.build import why_not
+from gpusim.record import KERNELS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks/gpu/run.py"
@@ -27,6 +29,8 @@ def test_a_dry_run_takes_every_path_and_writes_nothing():
         assert f"== {name}\n" in done.stdout
     assert done.stdout.count(" rows of ") == 6 and "ms=" not in done.stdout
     assert sorted(RESULTS.glob("gpu_*")) == before
+    launched = dict(re.findall(r"(\w+) ([1-9]\d*)", done.stdout.partition("== kernels launched by ")[2]))
+    assert KERNELS.keys() - launched.keys() == {"dropout_mask"}  # which nobody measures
 
 
 def test_a_benchmark_that_does_not_exist_is_named():

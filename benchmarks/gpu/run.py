@@ -1,7 +1,8 @@
 """Measures the GPU kernels on the GPU that is here and writes benchmarks/results/gpu_*.csv (`make bench-gpu`).
 
     python benchmarks/gpu/run.py [name ...]      names: sanitizer layer bandwidth roofline graph step; default all
-    python benchmarks/gpu/run.py --dry-run       the same code without a GPU: tiny shapes, the CUDA kernels emulated,
+    python benchmarks/gpu/run.py --dry-run       the same code without a GPU: tiny shapes, our launchers over a runtime
+                                                 that records and checks each launch, the CUDA kernels emulated,
                                                  every check made, no figure kept
 
 Results are checked before anything is timed; a wrong one ends the run.
@@ -38,20 +39,23 @@ def main() -> None:
     if not arguments.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --dry-run checks the benchmarks without one")
     torch.manual_seed(0)
-    stage = Stage(arguments.dry_run)
-    with _emulated() if stage.dry else nullcontext():
+    emulator = _emulator() if arguments.dry_run else None
+    stage = Stage(emulator)
+    with emulator.serving() if emulator else nullcontext():
         for name in arguments.names or BENCHMARKS:
             print(f"== {name}", flush=True)
             stage.write(name, list(BENCHMARKS[name].rows(stage)))
+    if emulator:
+        print("== kernels launched by " + ", ".join(f"{name} {n}" for name, n in emulator.recorder.launched.items()))
 
 
-def _emulated():
-    """The CUDA kernels, built for the CPU, in the place of those for a GPU."""
+def _emulator():
+    """The CUDA launchers and kernels, built for the CPU."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
     from gpusim.build import build
     from gpusim.harness import Emulator
 
-    return Emulator(build()).serving()
+    return Emulator(build())
 
 
 if __name__ == "__main__":

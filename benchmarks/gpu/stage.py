@@ -1,6 +1,7 @@
 """Where a GPU benchmark runs: the GPU, or, for a dry run, the CPU with the emulated kernels in the GPU's place.
 
-A dry run takes the same way through the code with tiny shapes. Its times mean nothing and are not kept.
+A dry run takes the same way through the code with tiny shapes, and a runtime that records our launchers watches each
+launch. Its times mean nothing and are not kept.
 """
 
 import csv
@@ -23,10 +24,12 @@ FLUSH = 256 << 20  # bytes, more than any GPU's second-level cache
 
 
 class Stage:
-    def __init__(self, dry: bool):
-        self.dry = dry
-        self.device = torch.device("cpu" if dry else "cuda")
-        self._flush = torch.empty(1024 if dry else FLUSH, dtype=torch.uint8, device=self.device)
+    def __init__(self, emulator=None):
+        """With an emulator (tests/gpusim/harness.py) it is a dry run."""
+        self.dry = emulator is not None
+        self.device = torch.device("cpu" if self.dry else "cuda")
+        self._emulator = emulator
+        self._flush = torch.empty(1024 if self.dry else FLUSH, dtype=torch.uint8, device=self.device)
 
     def pick(self, real, tiny):
         """What to measure, or its stand-in in a dry run."""
@@ -65,8 +68,11 @@ class Stage:
         return start.elapsed_time(end) / 1e3
 
     def captured(self, function: Callable[[], object]) -> Callable[[], object]:
-        """The function as a CUDA graph's replay; in a dry run itself."""
+        """The function as a CUDA graph's replay; in a dry run itself, once it has done nothing that no graph can do."""
         if self.dry:
+            function()
+            with self._emulator.capturing():
+                function()
             return function
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

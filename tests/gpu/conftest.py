@@ -1,8 +1,10 @@
 """Tests on a real GPU: `pytest -m gpu tests/gpu`. Where there is none they are skipped, and say why.
 
-`LLMBUILDER_GPU_DRY_RUN=1` runs what of them needs no GPU's clock or streams on the CPU, with the emulated CUDA kernels:
-it shows that the tests themselves work.
+`LLMBUILDER_GPU_DRY_RUN=1` runs what of them needs no second stream or GPU on the CPU: our launchers over the recording
+runtime, which has the emulator run the kernels. It shows that the tests themselves work, and watches every launch.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -47,11 +49,53 @@ def backend(request, monkeypatch, emulator):
     if emulator is None:
         yield request.param
     else:
+        emulator.recorder.launched.clear()
         with emulator.serving():
             yield request.param
+        assert emulator.recorder.launched, "no launcher of ours was called"
+
+
+@pytest.fixture
+def launched(backend, emulator):
+    """How many kernels the launchers that the test has called so far have launched."""
+    if emulator is None:
+        pytest.skip("nothing records the launches on a GPU")
+    return emulator.recorder.launched
+
+
+@pytest.fixture
+def captured(emulator):
+    """captured(step): the step's results, and a function that computes them again in the same memory. On a GPU that is
+    a CUDA graph's replay; in a dry run a step in which nothing is done that no graph can do, and then plain steps."""
+    return partial(_dry_capture, emulator) if DRY else _graph
+
+
+def _graph(step):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = step()
+    return results, graph.replay
+
+
+def _dry_capture(emulator, step):
+    for _ in range(3):
+        step()
+    with emulator.capturing():
+        results = step()
+
+    def replay():
+        for kept, computed in zip(results, step(), strict=True):
+            kept.copy_(computed)
+
+    return results, replay
 
 
 @pytest.fixture
 def needs_streams():
     if DRY:
-        pytest.skip("streams, graphs and devices are a GPU's")
+        pytest.skip("streams are a GPU's")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu.place import DEVICE, DRY
+from gpusim.record import KERNELS
 from torch.nn import functional as F
 
 from llmbuilder import doctor, ops
@@ -30,6 +31,14 @@ def test_every_operator_is_right_by_the_doctors_rule(backend, dtype):
     }
     assert wrong.keys() == {name for name, row in _backend.OPERATORS.items() if backend in row}
     assert not any(wrong.values()), wrong
+
+
+def test_the_doctors_rule_goes_through_every_operators_launcher(backend, launched):
+    for row in _backend.explain(DEVICE.type, torch.float32):
+        doctor._wrong(row.operator, DEVICE.type, torch.float32)
+    assert all(launched.values()) and KERNELS.keys() - launched.keys() == {
+        "dropout_mask"
+    }  # which is no operator of a backend
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -127,7 +136,7 @@ def test_work_goes_to_torchs_current_stream_and_device(needs_streams, backend):
     assert torch.equal(y.cpu(), reference.dropout(torch.ones(1000, 1000), 6554, seed.cpu(), 0))
 
 
-def test_captured_in_a_cuda_graph_and_replayed(needs_streams, backend):
+def test_captured_in_a_cuda_graph_and_replayed(backend, captured):
     """Forward, backward and EWC allocate nothing outside the graph's memory, copy nothing and wait for nothing."""
     x, weight, bias = normal(64, 128), normal(96, 128), normal(96)
     A, B, seed = normal(8, 128).requires_grad_(), normal(96, 8).requires_grad_(), torch.tensor(5, device=DEVICE)
@@ -138,23 +147,26 @@ def test_captured_in_a_cuda_graph_and_replayed(needs_streams, backend):
         A.grad.zero_(), B.grad.zero_()
         y = ops.lora_linear(x, weight, bias, A, B, 1.5, 0.1, seed)
         y.square().sum().backward()
-        return ops.ewc_penalty_([A, B], anchors, None, 0.5), y
+        return ops.ewc_penalty_([A, B], anchors, None, 0.5), y.detach()
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            value, y = step()
+    (value, y), replay = captured(step)
     x.copy_(normal(64, 128))
-    graph.replay()
-    torch.cuda.synchronize()
+    replay()
     found = [t.clone() for t in (value, y, A.grad, B.grad)]
     expected_value, expected_y = step()
     for a, b in zip(found, (expected_value, expected_y, A.grad, B.grad), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_step_launches_each_kernel_once(backend, launched):
+    x, weight, (a, b) = normal(64, 128), normal(96, 128), (normal(8, 128), normal(96, 8))
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    torch.autograd.grad(ops.lora_linear(x, weight, None, a, b, 1.5, 0.1, torch.tensor(5)).sum(), leaves)
+    assert launched == {"lora_shrink": 1, "lora_expand": 1, "lora_grad_sb": 2, "lora_grad_ax": 2}
+    launched.clear()
+    ops.ewc_penalty_([a, b], [a.detach(), b.detach()], None, 0.5)
+    ops.dropout(x.detach(), 0.1)
+    assert launched == {"ewc_penalty": 2, "dropout": 1}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
