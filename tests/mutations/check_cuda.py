@@ -5,6 +5,7 @@ Exits with 0 when nothing was seen, with 1 and the reason when something was, an
 
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,8 +48,10 @@ def main() -> int:
 def prepare(rung: str, csrc: Path, operator: str):
     """Compiles; what is returned runs."""
     sources = [csrc / "bindings.cpp", csrc / "cuda" / f"{operator}.cu"]
-    if rung in ("emulator", "schedules", "counts"):
+    if rung in ("emulator", "schedules", "counts", "launcher"):
         emulator = Emulator(build(sources, csrc=csrc, cache=cache(csrc)))
+        if rung == "launcher":
+            return lambda: launched(emulator, operator)
         if rung == "counts":
             return lambda: counted(emulator, operator)
         return lambda: emulated(emulator, operator, SEEDS if rung == "schedules" else [0])
@@ -78,6 +81,23 @@ def counted(emulator, operator) -> None:
         drawn.call(_cuda)
     if conflicts := sum(launch.ldmatrix_conflicts for launch in launches):
         raise SeenError(f"{conflicts} bank conflicts of ldmatrix")
+
+
+def launched(emulator, operator) -> None:
+    """The launcher captured before it was called at all, called, captured, and with a runtime that fails."""
+    drawn, recorder = draw(Case(operator, torch.bfloat16, 128, 128, 128, 200)), emulator.recorder
+    with emulator.serving():
+        with emulator.capturing(), suppress(ValueError):  # "call it once before capturing"
+            drawn.call(_cuda)
+        drawn.call(_cuda)
+        with emulator.capturing():
+            drawn.call(_cuda)
+        recorder.fail("cudaLaunchKernel", 701)
+        with suppress(RuntimeError):
+            drawn.call(_cuda)
+            raise SeenError("an error of the runtime is lost")
+        if recorder.last_error():
+            raise SeenError("an error of the runtime is left for others")
 
 
 def interpreted(gpu, operator) -> None:

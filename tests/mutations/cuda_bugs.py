@@ -21,7 +21,7 @@ def _bugs(kind, *rows):
 FUSED, GRAD_AX, GRAD_SB = "cuda/lora_fused.cu", "cuda/lora_grad_ax.cu", "cuda/lora_grad_sb.cu"
 SHRINK, STAGED, MASK = "cuda/lora_shrink.cu", "cuda/staged.h", "cuda/mask.h"
 EWC, REDUCE, PARTIALS, ENTROPY = "cuda/ewc.cu", "cuda/reduce.h", "cuda/partials.h", "cuda/cross_entropy.cu"
-DROPOUT, ELEMENTS = "cuda/dropout.cu", "cuda/elements.h"
+DROPOUT, ELEMENTS, LAUNCH = "cuda/dropout.cu", "cuda/elements.h", "cuda/launch.h"
 
 BUGS = (
     _bugs(
@@ -260,6 +260,100 @@ BUGS = (
             "weight * g[i] * g[i]",
             "emulator",
             "ewc",
+        ),
+    )
+    + _bugs(
+        "launcher",
+        (
+            "kernel on the default stream",
+            LAUNCH,
+            "shared, cudaStream_t(launch.stream)",
+            "shared, cudaStream_t()",
+            "emulator",
+            "dropout",
+        ),
+        (
+            "kernel on the caller's device",
+            LAUNCH,
+            "error_ == cudaSuccess && before_ != device",
+            "error_ != cudaSuccess",
+            "emulator",
+            "dropout",
+        ),
+        ("device left changed", LAUNCH, "if (changed_) cudaSetDevice(before_);", "", "emulator", "dropout"),
+        (
+            "waits for its kernel",
+            LAUNCH,
+            '"launch", error);\n  return {};',
+            '"launch", error);\n  cudaStreamSynchronize(cudaStream_t(launch.stream));\n  return {};',
+            "emulator",
+            "dropout",
+        ),
+        (
+            "kernel launched twice",
+            LAUNCH,
+            "void* pointers[] = {&arguments...};",
+            "void* pointers[] = {&arguments...};\n"
+            "  cudaLaunchKernel(kernel, dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)), block, pointers,\n"
+            "                   shared, cudaStream_t(launch.stream));",
+            "emulator",
+            "dropout",
+        ),
+        (
+            "blocks of rows taken for blocks of columns",
+            GRAD_AX,
+            "const Blocks grid(plan.across, plan.slabs.parts);",
+            "const Blocks grid(plan.slabs.parts, plan.across);",
+            "emulator",
+            "lora_grad_ax",
+        ),
+        (
+            "a block of rows too few",
+            SHRINK,
+            "const Blocks grid(parts_of(a.x.rows, Tile::ROWS), parts,",
+            "const Blocks grid((a.x.rows - 1) / Tile::ROWS + (a.x.rows <= Tile::ROWS), parts,",
+            "emulator",
+            "lora_shrink",
+        ),
+        (
+            "too little shared memory",
+            GRAD_AX,
+            "Memory<T, Tile>::BYTES, launch, a)",
+            "Memory<T, Tile>::BYTES / 2, launch, a)",
+            "emulator",
+            "lora_grad_ax",
+        ),
+        (
+            "shared memory not opted in to",
+            LAUNCH,
+            "if (shared > SHARED_WITHOUT_OPT_IN)",
+            "if (shared > 2 * SHARED_WITHOUT_OPT_IN)",
+            "launcher",
+            "lora_grad_ax",
+        ),
+        (
+            "opts in to shared memory in a capture",
+            LAUNCH,
+            "if (capture != cudaStreamCaptureStatusNone)",
+            "if (capture > cudaStreamCaptureStatusActive)",
+            "launcher",
+            "lora_grad_ax",
+        ),
+        (
+            "error of the runtime lost",
+            LAUNCH,
+            'return failed(name, "launch", error);',
+            "return {};",
+            "launcher",
+            "dropout",
+        ),
+        (
+            "error of the runtime left for others",
+            LAUNCH,
+            "cudaGetLastError();  // the error",
+            "// the error",
+            "launcher",
+            "dropout",
         ),
     )
 )
