@@ -114,28 +114,34 @@ def one_by_one(model: nn.Module, params: dict[str, nn.Parameter], batch: dict[st
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fisher_equals_one_backward_pass_an_example(name: str) -> None:
-    """To rounding: as near to the fp64 result as that way is."""
+    """In fp64 to 1e-6, for models round some things to fp32 in any dtype; in fp32 to rounding: nearly as near to the
+    fp64 result as that way is at its worst weight."""
     model = MODELS[name]().eval()
     batches = [make_batch(seed) for seed in (1, 2)]
-    wanted_params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found = diagonal_fisher(
-        model, wanted_params, batches, language_scores(model), empirical=True, head=model.get_output_embeddings()
-    )
-    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
-    singles = [one_by_one(model, wanted_params, batch) for batch in batches]
-    double = model.double()
-    exact = [one_by_one(double, wanted_params, batch) for batch in batches]
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    def mean(sums: list[dict[str, Tensor]], of: str) -> Tensor:
-        return sum(n * s[of] for n, s in zip(tokens, sums, strict=True)) / sum(tokens)
+    def both_ways() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        head = model.get_output_embeddings()
+        batched = diagonal_fisher(model, params, batches, language_scores(model), empirical=True, head=head)
+        singles = [one_by_one(model, params, batch) for batch in batches]
+        tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        mean = {of: sum(n * s[of] for n, s in zip(tokens, singles, strict=True)) / sum(tokens) for of in params}
+        return batched, mean
 
-    for of in wanted_params:
-        right = mean(exact, of)
-        error = (found[of] - right).abs().max()
-        assert right.max() > 0 or "router" in of or "gate" in of, of
-        assert (
-            error <= 2 * (mean(singles, of) - right).abs().max() + 4 * torch.finfo(torch.float32).eps * right.max()
-        ), of
+    found, single = both_ways()
+    model.double()
+    found_exactly, exact = both_ways()
+
+    def error(of: str, by: dict[str, Tensor]) -> float:
+        return float((by[of] - exact[of]).abs().max() / exact[of].max())
+
+    used = [of for of in params if exact[of].max() > 0]
+    assert all("router" in of or "gate" in of for of in params.keys() - set(used))
+    # One draw's rounding is luck: by as much as 6 times apart were seen, where a mixed-up example is some 10⁴ times.
+    rounding = max(error(of, single) for of in used) + torch.finfo(torch.float32).eps
+    for of in used:
+        assert error(of, found_exactly) < 1e-6, of
+        assert error(of, found) <= 16 * rounding, of
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "Mixtral"])
@@ -232,12 +238,14 @@ class Odd(nn.Module):
         return self.out(x)
 
 
-def test_fisher_is_right_where_parameters_are_used_in_odd_ways() -> None:
+@pytest.mark.parametrize("probed", [False, True], ids=["first two", "probe"])
+def test_fisher_is_right_where_parameters_are_used_in_odd_ways(probed: bool) -> None:
     model = Odd().double()
     params = dict(model.named_parameters())
     x, labels = torch.randn(7, 5, dtype=torch.float64), torch.randint(3, (7,))
     batch = {"x": x, "labels": labels}
-    found = diagonal_fisher(model, params, [batch], classifier_scores(model), empirical=True)
+    probe = {"x": torch.randn(2, 5, dtype=torch.float64), "labels": labels[:2]} if probed else None
+    found = diagonal_fisher(model, params, [batch], classifier_scores(model), empirical=True, probe=probe)
     for name, param in params.items():
         squares = [
             torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]), param)[0] ** 2
