@@ -67,7 +67,7 @@ class Scale:
 
     instruction: str
     words: tuple[str, str]
-    train: int  # examples of a task
+    train: int  # examples of a task, where there are so many
     held_out: int
     epochs: int
     settings: dict[str, dict[str, Any]]  # by kind
@@ -77,12 +77,12 @@ SCALES = {
     "native": Scale(
         "good or bad?",
         ("good", "bad"),  # words that it has read
-        800,
+        2400,
         300,
         2,
         {
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 3e-3},
-            "full": {"use_lora": False, "learning_rate": 1e-3},
+            "full": {"use_lora": False, "learning_rate": 2e-3},
         },
     ),
     "smollm2": Scale(
@@ -163,11 +163,11 @@ def tasks(scale: Scale, seed: int) -> list[tuple[list, list]]:
         found = sentences(domain)
         apart = [s for s in found if share(s.text) < 0.3], [s for s in found if share(s.text) >= 0.3]
         stages.append((drawn(apart[1], scale.train, seed), drawn(apart[0], scale.held_out, seed)))
-    pairs = docstrings()
-    known = [pair for module, pair in pairs if share(module) >= 0.3]
-    unknown = [pair for module, pair in pairs if share(module) < 0.3]
-    draw = random.Random(seed)
-    return [*stages, (draw.sample(known, scale.train), draw.sample(unknown, scale.held_out))]
+    draw, pairs = random.Random(seed), docstrings()
+    known, unknown = ([pair for pair in pairs if (share(pair[0]) >= 0.3) == wanted] for wanted in (True, False))
+    draw.shuffle(known)
+    draw.shuffle(unknown)
+    return [*stages, (known[: scale.train], unknown[: scale.held_out])]
 
 
 def sentences(domain: str) -> list[Sentence]:
@@ -300,11 +300,14 @@ def pretrain(folder: pathlib.Path) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=2048, n_layer=2, n_head=4, n_embd=128, block_size=256))
     model.tokenizer = train_tokenizer([text], vocab_size=2048)
+    # It must know the end token: adapters cannot teach a tied head a token that it has never seen.
+    end = model.tokenizer.eos_token
+    text.write_text("\n".join([corpus(), *(sentence + end for sentence in read)]))
     config = FineTuningConfig(
         use_lora=False,
-        num_epochs=2,
+        num_epochs=4,
         batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         warmup_ratio=0.05,
         max_seq_length=128,
         validation_split=0.02,

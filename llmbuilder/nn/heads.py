@@ -313,7 +313,9 @@ def _packing_mask(model: nn.Module, mask: Tensor) -> Tensor | dict[str, Tensor]:
     def ready(visible: Tensor) -> Tensor:
         if config._attn_implementation != "eager":
             return visible
-        return torch.zeros(visible.shape, device=mask.device).masked_fill_(~visible, torch.finfo(torch.float32).min)
+        return torch.zeros(visible.shape, dtype=torch.float32, device=mask.device).masked_fill_(
+            ~visible, torch.finfo(torch.float32).min
+        )
 
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and chunk < mask.shape[-1]:

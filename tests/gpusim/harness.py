@@ -121,10 +121,10 @@ class Emulator:
     def capturing(self) -> Iterator[None]:
         """The stream is captured in a graph: launchers may launch alone, and nobody may look at a result. Kernels run
         all the same."""
-        from llmbuilder.ops import _cuda
+        from llmbuilder import _gpu
 
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(_cuda, "_capturing", lambda tensor: True))
+            stack.enter_context(mock.patch.object(_gpu, "_capturing", lambda tensor: True))
             for owner, names in WAITING.items():
                 for name in names:
                     stack.enter_context(mock.patch.object(owner, name, _refused(name)))

@@ -215,6 +215,18 @@ def test_packed_documents_have_the_loss_that_they_have_alone(make, family, atten
     check_packed(model, packed, documents)
 
 
+def test_packed_documents_do_not_feel_torch_s_default_dtype(make):
+    model = make("llama")
+    attend_by(model, "eager")
+    packed = collate([{"input_ids": ids, "labels": ids} for ids in ([3, 4, 5], [6, 7])], "packing", max_length=8)
+    expected = LanguageHead(model).loss_sum(packed)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(LanguageHead(model).loss_sum(packed)[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "phi3"])
 def test_packed_documents_keep_to_the_sliding_window(make, family, attention):
