@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpo
 from .config import FineTuningConfig
 from .display import Display
 from .folder import RunFolder
+from .interrupt import interruptible
 from .judge import Judge
 from .loader import Loader
 from .metrics import MetricsLog, draw_loss
@@ -165,7 +166,7 @@ class FineTuner:
             self._start()
             log = MetricsLog(self.folder.path if self.folder else None, self.progress.step)
             try:
-                with Display(self.total_steps, self.progress.step) as display:
+                with interruptible() as check, Display(self.total_steps, self.progress.step) as display:
                     for window in self._windows():
                         row = self._step(window)
                         if self._evaluation_is_due():
@@ -175,6 +176,7 @@ class FineTuner:
                         if self._save_is_due():
                             log.sync()
                             self._save()
+                        check()
                 return self._finish(log.rows)
             except KeyboardInterrupt:
                 warnings.warn(f"interrupted after step {self.progress.step}{self._last_checkpoint()}", stacklevel=2)
