@@ -174,7 +174,7 @@ def fisher_of(
             empirical=empirical,
             seed=run.seed,
             head=model.get_output_embeddings(),
-            probe=run.tensors(_beginnings(chosen)) if chosen else None,
+            probe=run.tensors(beginnings(chosen)) if chosen else None,
         )
 
 
@@ -192,7 +192,7 @@ def _chosen(examples: Sequence[Example], seed: int) -> list[dict[str, list[int]]
     return sorted(chosen, key=lambda example: -len(example["input_ids"]))
 
 
-def _beginnings(examples: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+def beginnings(examples: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
     """Short examples of unlike length, with a target at every token."""
     cut = [example["input_ids"][:length] for example, length in zip(examples, PROBE, strict=False)]
     return [{"input_ids": ids, "labels": ids} for ids in cut]

@@ -7,13 +7,10 @@ copy. Prints what saw each; a run of all bugs writes benchmarks/results/mutation
 away, or when those tests fail without a bug.
 """
 
-import argparse
 import csv
 import os
 import shutil
 import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +18,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/triton")]
 os.environ.update(TRITON_INTERPRET="1", INTERPRETED_PROFILE="quick")
 
-from mutations.forked import first_failure  # noqa: E402 - after the path is right
+from mutations.forked import first_failure, try_bugs  # noqa: E402 - after the path is right
 from mutations.triton_bugs import BUGS, Bug  # noqa: E402
 
 TABLE = ROOT / "benchmarks/results/mutations_triton.csv"
@@ -29,26 +26,7 @@ RUNGS = {"OutOfBoundsError": "bounds", "RaceError": "races"}  # what else fails 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="only bugs whose names contain one of these")
-    names = parser.parse_args().names
-    bugs = [bug for bug in BUGS if not names or any(name in bug.name for name in names)]
-    for bug in bugs:
-        replaced(bug)  # a stale one ends the run at once
-    with tempfile.TemporaryDirectory() as folder:
-        tree = copy_tree(Path(folder))
-        for tests in sorted({bug.tests for bug in bugs}):
-            which = " or ".join(sorted({bug.which for bug in bugs if bug.tests == tests}))
-            if said := run_tests(tree, tests, which):
-                print(f"{tests} -k '{which}' fails without any seeded bug: {said}")
-                return 1
-        found = [try_bug(tree, bug) for bug in bugs]
-    if not names:
-        write(bugs, found)
-    missed = [bug.name for bug, said in zip(bugs, found, strict=True) if not said]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(bug.kind for bug in bugs).items())
-    print(f"{len(bugs) - len(missed)} of {len(bugs)} seen ({kinds})" + "".join(f"\n  missed: {n}" for n in missed))
-    return 1 if missed else 0
+    return try_bugs(__doc__, BUGS, ROOT / "kernels", "llmbuilder/kernels", copy_tree, run_tests, write)
 
 
 def copy_tree(tree: Path) -> Path:
@@ -59,23 +37,6 @@ def copy_tree(tree: Path) -> Path:
             (tree / "llmbuilder" / path.name).symlink_to(path)
     shutil.copytree(ROOT / "kernels", tree / "llmbuilder/kernels", ignore=shutil.ignore_patterns("__pycache__"))
     return tree
-
-
-def replaced(bug: Bug) -> str:
-    text = (ROOT / "kernels" / bug.file).read_text()
-    if text.count(bug.right) != 1:
-        raise SystemExit(f"{bug.file}: stands {text.count(bug.right)} times there, not once: {bug.right}")
-    return text.replace(bug.right, bug.wrong)
-
-
-def try_bug(tree: Path, bug: Bug) -> str:
-    path = tree / "llmbuilder/kernels" / bug.file
-    right = path.read_text()
-    path.write_text(replaced(bug))
-    said = run_tests(tree, bug.tests, bug.which)
-    path.write_text(right)
-    print(f"{bug.kind}: {bug.name}: {said or 'NOT SEEN'}", flush=True)
-    return said
 
 
 def run_tests(tree: Path, tests: str, which: str) -> str:
