@@ -46,6 +46,7 @@ from task import Sentence, Task, share  # noqa: E402
 CACHE = pathlib.Path(".cache/forgetting")
 DOMAINS = ("film", "amazon", "tweets")
 METHODS = ("none", "ewc", "l2", "replay", "kl")
+GENERAL = ("ewc", "kl")  # look back on text of the base model
 KINDS = ("lora", "full")
 ANSWER = 16  # tokens of the base model's answer to an unrelated prompt
 STRENGTHS = {"ewc": (3.0, 10.0, 30.0, 100.0), "l2": (0.001, 0.01, 0.1)}
@@ -74,35 +75,40 @@ class Scale:
     train: int  # examples of a task, where there are so many
     held_out: int
     epochs: int
+    batch_size: int
+    general_tokens: int  # of the base model's own text, for the methods that want some
     settings: dict[str, dict[str, Any]]  # by kind
 
 
 SCALES = {
     "native": Scale(
-        "good or bad?",
-        ("good", "bad"),  # words that it has read
-        1600,
-        480,
-        2,
-        {
+        instruction="good or bad?",
+        words=("good", "bad"),  # words that it has read
+        train=1600,
+        held_out=480,
+        epochs=2,
+        batch_size=16,
+        general_tokens=16384,
+        settings={
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 3e-3},
             "full": {"use_lora": False, "learning_rate": 2e-3},
         },
     ),
     "smollm2": Scale(
-        "Is this sentence positive or negative? Answer with one word.",
-        ("positive", "negative"),
-        160,
-        100,
-        1,
-        {
+        instruction="Is this sentence positive or negative? Answer with one word.",
+        words=("positive", "negative"),
+        train=96,
+        held_out=80,
+        epochs=1,
+        batch_size=8,
+        general_tokens=4096,
+        settings={
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 2e-4},
             "full": {"use_lora": False, "learning_rate": 2e-5},
         },
     ),
 }
 COMMON = {
-    "batch_size": 16,
     "warmup_steps": 5,
     "max_seq_length": 128,
     "dtype": "fp32",
@@ -130,11 +136,13 @@ def measure(name: str, kind: str, method: str, settings: dict[str, Any], seed: i
     unrelated, before = said_before(name)
     stages = tasks(scale, seed)
     previous, learned = None, []
+    common = COMMON | {"num_epochs": scale.epochs, "batch_size": scale.batch_size, "seed": seed}
+    if method in GENERAL:
+        common["general_tokens"] = scale.general_tokens
+    config = FineTuningConfig(**common, **scale.settings[kind], **settings)
     for data, held_out in stages:
-        config = FineTuningConfig(**COMMON, num_epochs=scale.epochs, **scale.settings[kind], **settings, seed=seed)
-        tuner = FineTuner(
-            model, messages_of(data, scale), messages_of(held_out[:50], scale), config, continue_from=previous
-        )
+        judged = messages_of(held_out[:20], scale)
+        tuner = FineTuner(model, messages_of(data, scale), judged, config, continue_from=previous)
         tuner.train()
         previous = tuner
         learned.append(quality(tuner, held_out, scale))
