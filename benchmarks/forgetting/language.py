@@ -49,15 +49,15 @@ METHODS = ("none", "ewc", "l2", "replay", "kl")
 GENERAL = ("ewc", "kl")  # look back on text of the base model
 KINDS = ("lora", "full")
 ANSWER = 16  # tokens of the base model's answer to an unrelated prompt
-STRENGTHS = {"ewc": (3.0, 10.0, 30.0, 100.0), "l2": (0.001, 0.01, 0.1)}
+EWC = {"continual_learning": True, "regularization_method": "ewc"}
+L2 = {"continual_learning": True, "regularization_method": "l2"}
 GRID: dict[str, list[dict[str, Any]]] = {
-    **{
-        method: [
-            {"continual_learning": True, "regularization_method": method, "regularization_strength": strength}
-            for strength in strengths
-        ]
-        for method, strengths in STRENGTHS.items()
-    },
+    "ewc": [
+        *(EWC | {"regularization_strength": strength} for strength in (3.0, 10.0, 30.0, 100.0)),
+        # online: the past fades, the base model first of all
+        *(EWC | {"regularization_strength": strength, "fisher_decay": 0.1} for strength in (30.0, 100.0, 300.0)),
+    ],
+    "l2": [L2 | {"regularization_strength": strength} for strength in (0.001, 0.01, 0.1)],
     "replay": [
         {"continual_learning": True, "memory_buffer_size": 500, "replay_frequency": frequency}
         for frequency in (0.25, 0.5, 0.75)
@@ -97,8 +97,8 @@ SCALES = {
     "smollm2": Scale(
         instruction="Is this sentence positive or negative? Answer with one word.",
         words=("positive", "negative"),
-        train=96,
-        held_out=80,
+        train=64,
+        held_out=60,
         epochs=1,
         batch_size=8,
         general_tokens=4096,
