@@ -33,7 +33,7 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu/run.py
 
-# What the methods against forgetting keep: five seeds, minutes. `MODEL=smollm2` takes the demo's model, one seed.
+# What the methods against forgetting keep: five seeds, under an hour. `MODEL=smollm2` takes the demo's model, one seed.
 bench-forgetting: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet '.[bench]'
 	$(BIN)/python benchmarks/forgetting/run.py $(if $(filter file default,$(origin MODEL)),,$(MODEL))

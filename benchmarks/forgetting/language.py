@@ -97,11 +97,11 @@ SCALES = {
     "smollm2": Scale(
         instruction="Is this sentence positive or negative? Answer with one word.",
         words=("positive", "negative"),
-        train=64,
-        held_out=60,
+        train=48,
+        held_out=48,
         epochs=1,
         batch_size=8,
-        general_tokens=4096,
+        general_tokens=2048,
         settings={
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 2e-4},
             "full": {"use_lora": False, "learning_rate": 2e-5},
@@ -141,7 +141,7 @@ def measure(name: str, kind: str, method: str, settings: dict[str, Any], seed: i
         common["general_tokens"] = scale.general_tokens
     config = FineTuningConfig(**common, **scale.settings[kind], **settings)
     for data, held_out in stages:
-        judged = messages_of(held_out[:20], scale)
+        judged = messages_of(held_out[:8], scale)  # for the tuner's own log
         tuner = FineTuner(model, messages_of(data, scale), judged, config, continue_from=previous)
         tuner.train()
         previous = tuner
