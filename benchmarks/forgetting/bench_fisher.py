@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from harness import interleaved, median_ratio, relative, write
 
 from llmbuilder.data import collate
-from llmbuilder.methods.ewc import beginnings
+from llmbuilder.methods.ewc import batches_of, beginnings
 from llmbuilder.methods.fisher import diagonal_fisher, language_scores
 from llmbuilder.models import GPT, GPTConfig
 from llmbuilder.nn import LoRAConfig, add_lora
@@ -54,7 +54,8 @@ def one_by_one(model, params, examples):
 
 
 def batched(model, params, examples):
-    parts = (collate(examples[at : at + BATCH]) for at in range(0, len(examples), BATCH))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    parts = (collate(part) for part in batches_of(examples, BATCH, vocabulary))
     score, head = language_scores(model), model.get_output_embeddings()
     probe = collate(beginnings(examples))
     return diagonal_fisher(model, params, parts, score, empirical=True, head=head, probe=probe)

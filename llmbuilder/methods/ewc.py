@@ -25,8 +25,8 @@ from .fisher import Tensors, diagonal_fisher, language_scores
 
 TOKENS = 16384
 """Targets that a task's Fisher information is estimated from, where the task has so many."""
-LOGITS = 2**24
-"""Most logits of a batch of them: 64 MiB in fp32."""
+BATCH_LOGITS, BATCH_TOKENS = 2**24, 2048
+"""Most logits of a batch of them (64 MiB in fp32), and most tokens: where examples are long, more at once are slower."""
 PROBE = (32, 24)
 """Tokens of the two examples that the batched way is tried on."""
 
@@ -162,9 +162,9 @@ def fisher_of(
 ) -> dict[str, Tensor]:
     """The Fisher information of ``params`` on examples of language, as many as make up ``TOKENS`` targets."""
     model: Any = run.model
-    most = LOGITS // int(model.get_input_embeddings().weight.shape[0])
     chosen = _chosen(examples, run.seed)
-    batches = (run.tensors(part) for part in _batches(chosen, run.batch_size, most))
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    batches = (run.tensors(part) for part in batches_of(chosen, run.batch_size, vocabulary))
     with run.autocast():
         return diagonal_fisher(
             model,
@@ -198,10 +198,11 @@ def beginnings(examples: Sequence[dict[str, list[int]]]) -> list[dict[str, list[
     return [{"input_ids": ids, "labels": ids} for ids in cut]
 
 
-def _batches(
-    examples: Sequence[dict[str, list[int]]], most_rows: int, most_tokens: int
+def batches_of(
+    examples: Sequence[dict[str, list[int]]], most_rows: int, vocabulary: int
 ) -> Iterator[list[dict[str, list[int]]]]:
-    """In their order; at most so many rows and, in more than one row, so many tokens with padding."""
+    """In their order; at most so many rows and, in more than one row, no more tokens with padding than are good."""
+    most_tokens = min(BATCH_TOKENS, BATCH_LOGITS // vocabulary)
     start = 0
     while start < len(examples):
         rows = max(1, min(most_rows, most_tokens // len(examples[start]["input_ids"])))
