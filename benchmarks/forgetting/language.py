@@ -97,11 +97,11 @@ SCALES = {
     "smollm2": Scale(
         instruction="Is this sentence positive or negative? Answer with one word.",
         words=("positive", "negative"),
-        train=48,
-        held_out=48,
+        train=64,
+        held_out=60,
         epochs=1,
         batch_size=8,
-        general_tokens=2048,
+        general_tokens=4096,
         settings={
             "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 2e-4},
             "full": {"use_lora": False, "learning_rate": 2e-5},
