@@ -122,7 +122,8 @@ def _add_batch(
     size = len(next(iter(batch.values())))
     with squares.watching(size), torch.enable_grad():
         logits, targets, owners = score(batch)
-        if not logits.sum().isfinite():  # one pass; what is not finite stays so in a sum
+        # One pass: what is not finite stays so in a sum, which half precision would overflow.
+        if not logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite():
             raise LLMBuilderError(
                 "the model's logits are not finite, so it has no Fisher information: train it less hard"
             )
