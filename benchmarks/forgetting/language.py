@@ -31,9 +31,9 @@ from torch.nn import functional as F
 
 import llmbuilder as lb
 from llmbuilder.data import TaskDataset, TextDataset, collate
+from llmbuilder.data.templates import plain_conversation
 from llmbuilder.finetune import FineTuner, FineTuningConfig
 from llmbuilder.models import GPT, GPTConfig, chat_prompt, end_ids, generate, train_tokenizer
-from llmbuilder.models.chat import PLAIN_TURNS
 from llmbuilder.nn.heads import LanguageHead
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -145,28 +145,31 @@ def measure(name: str, kind: str, method: str, settings: dict[str, Any], seed: i
         tuner = FineTuner(model, messages_of(data, scale), judged, config, continue_from=previous)
         tuner.train()
         previous = tuner
-        learned.append(quality(tuner, held_out, scale))
-    ended = [quality(previous, held_out, scale) for _, held_out in stages]
+        if isinstance(held_out[0], Sentence):
+            learned.append(scores(tuner, held_out, scale).auc)
+    ended = [scores(previous, held_out, scale) for _, held_out in stages[:-1]]
     after = log_probabilities(model, unrelated)
-    (learned_auc, _), (auc, accuracy) = (np.mean(scores[:-1], axis=0).tolist() for scores in (learned, ended))
+    earlier, new = (float(np.mean(aucs)) for aucs in ([each.auc for each in ended], learned))
     return {
-        "earlier": auc,
-        "learned": learned_auc,
-        "forgetting": learned_auc - auc,
-        "accuracy": accuracy,
-        "last": ended[-1][0],
+        "earlier": earlier,
+        "learned": new,
+        "forgetting": new - earlier,
+        "accuracy": float(np.mean([each.accuracy for each in ended])),
+        "last": loss(previous, stages[-1][1], scale),
         "drift": float(F.kl_div(after, before, reduction="sum", log_target=True) / len(before)),
     }
 
 
-def quality(tuner: FineTuner, held_out: list, scale: Scale) -> tuple[float, float]:
-    """Area under the ROC curve and accuracy of verdicts; of docstrings the loss, twice."""
-    if isinstance(held_out[0], Sentence):
-        scores = demo.score(verdicts(tuner.model, scale), held_out)
-        return scores.auc, scores.accuracy
+def scores(tuner: FineTuner, held_out: list[Sentence], scale: Scale) -> demo.Scores:
+    """Of verdicts, by the likelier word."""
+    return demo.score(verdicts(tuner.model, scale), held_out)
+
+
+def loss(tuner: FineTuner, held_out: list[tuple[str, str]], scale: Scale) -> float:
+    """Of docstrings, in nats a token."""
     data = messages_of(held_out, scale)
     tuner.loader.bind(data)
-    return (tuner.judge.score(data).loss,) * 2
+    return tuner.judge.score(data).loss
 
 
 # The tasks
@@ -176,16 +179,12 @@ def tasks(scale: Scale, seed: int) -> list[tuple[list, list]]:
     """What to train on and what to test on, by task, in their order."""
     stages = []
     for domain in DOMAINS:
-        known, unknown = apart(sentences(domain), key=lambda s: s.text)
+        known, unknown = sentences(domain)
         stages.append((drawn(known, scale.train, seed), drawn(unknown, scale.held_out, seed)))
     draw = random.Random(seed)
-    known, unknown = (
-        draw.sample(pairs, min(count, len(pairs)))
-        for pairs, count in zip(
-            apart(docstrings(), key=lambda pair: pair[0].split(".")[0]), (scale.train, scale.held_out), strict=True
-        )
-    )
-    return [*stages, (known, unknown)]
+    known, unknown = apart(docstrings(), key=lambda pair: pair[0].split(".")[0])
+    train = draw.sample(known, min(scale.train, len(known)))
+    return [*stages, (train, draw.sample(unknown, min(scale.held_out, len(unknown))))]
 
 
 def apart(rows: list[Any], key: Callable[[Any], str]) -> tuple[list[Any], list[Any]]:
@@ -194,9 +193,10 @@ def apart(rows: list[Any], key: Callable[[Any], str]) -> tuple[list[Any], list[A
 
 
 @functools.cache
-def sentences(domain: str) -> list[Sentence]:
+def sentences(domain: str) -> tuple[list[Sentence], list[Sentence]]:
+    """What people rated, apart."""
     smollm2.RATINGS.update(tweets="tweets_GroundTruth.txt", news="nytEditorialSnippets_GroundTruth.txt")
-    return smollm2.sentences(domain)
+    return apart(smollm2.sentences(domain), key=lambda sentence: sentence.text)
 
 
 def drawn(sentences: list[Sentence], count: int, seed: int) -> list[Sentence]:
@@ -238,7 +238,7 @@ def messages_of(rows: list, scale: Scale) -> TaskDataset:
 
 
 def verdicts(model: Any, scale: Scale) -> Task:
-    return Task(model, scale.instruction, scale.words, [], {}, [], {"max_seq_length": 128})
+    return Task(model, scale.instruction, scale.words, [], {}, [], {"max_seq_length": COMMON["max_seq_length"]})
 
 
 # Prompts that have nothing to do with the tasks
@@ -322,15 +322,13 @@ def pretrain(folder: pathlib.Path) -> None:
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     text = CACHE / "corpus.txt"
-    read = [s.text for domain in DOMAINS for s in apart(sentences(domain), key=lambda s: s.text)[0]]
+    read = [s.text for domain in DOMAINS for s in sentences(domain)[0]]
     text.write_text("\n".join([corpus(), *read]))
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=2048, n_layer=2, n_head=4, n_embd=128, block_size=256))
     model.tokenizer = train_tokenizer([text], vocab_size=2048)
     end, task = model.tokenizer.eos_token, verdicts(None, SCALES["native"])
-    news = apart(sentences("news"), key=lambda s: s.text)[0]
-    turns = [task.messages(s.text, s.label) for s in news]
-    chats = ["".join(PLAIN_TURNS[m["role"]].format(content=m["content"], end=end) for m in chat) for chat in turns]
+    chats = [plain_conversation(task.messages(s.text, s.label), end).text for s in sentences("news")[0]]
     pieces = 2 * [sentence + end + "\n" for sentence in read] + 3 * chats
     random.Random(0).shuffle(pieces)
     text.write_text(corpus() + "\n" + "".join(pieces))
