@@ -127,12 +127,12 @@ def _add_batch(
             raise LLMBuilderError(
                 "the model's logits are not finite, so it has no Fisher information: train it less hard"
             )
-        labels, ascent = _ascent(logits, targets, generator)
+        labels, descent = _descent(logits, targets, generator)
         missed = squares.missed() | singly
         wanted = {name: total for name, total in sums.items() if name not in missed}
         if wanted and len(labels):
             with squares.adding(wanted, owners.bincount(minlength=size).tolist()):
-                torch.autograd.backward([logits], [ascent])
+                torch.autograd.backward([logits], [descent])
     return labels, missed
 
 
@@ -147,8 +147,8 @@ def _add_singly(squares: SquaredGradients, sums: Tensors, batch: Tensors, score:
             given, labels = labels[: len(logits)], labels[len(logits) :]
             if not len(given):
                 continue
-            _, ascent = _ascent(logits, given, None)
-            found = torch.autograd.grad(logits, params, ascent, allow_unused=True)
+            _, descent = _descent(logits, given, None)
+            found = torch.autograd.grad(logits, params, descent, allow_unused=True)
         for total, gradient in zip(sums.values(), found, strict=True):
             if gradient is not None:
                 ewc_accumulate_([total], [gradient.to(total.dtype).contiguous()])
@@ -172,12 +172,12 @@ def _disagreeing(squares: SquaredGradients, batch: Tensors, score: Score) -> set
 
 
 @torch.no_grad()
-def _ascent(logits: Tensor, targets: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Labels, drawn from the model where there is a generator, and the gradient of Σ log p(label) by the logits."""
-    ascent = torch.softmax(logits, -1)
-    labels = targets if generator is None or not len(targets) else ascent.multinomial(1, generator=generator)[:, 0]
-    ascent.neg_()[torch.arange(len(labels), device=labels.device), labels] += 1.0
-    return labels, ascent
+def _descent(logits: Tensor, targets: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Labels, drawn from the model where there is a generator, and the gradient of -Σ log p(label) by the logits."""
+    descent = torch.softmax(logits, -1)
+    labels = targets if generator is None or not len(targets) else descent.multinomial(1, generator=generator)[:, 0]
+    descent[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+    return labels, descent
 
 
 def _part(batch: Tensors, start: int, end: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ..nn.lora import LoRAEmbedding, LoRALinear, Update
 from ..ops import ewc_accumulate_
 
 CHUNK = 2**18
-"""Most numbers of per-example gradients that are held at once, where one example has fewer."""
+"""Most numbers of per-example gradients that are held at once: of several examples, or of some rows of one."""
 
 
 class SquaredGradients:
@@ -175,23 +175,19 @@ class SquaredGradients:
     def _product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add each example's ``(leftᵀ right)²``."""
         total = self._sums[name]
-        if left.dim() == 2 and max(self._counts) == 1:
+        if left.dim() == 2 and max(self._counts) == 1 and name not in self._ids:
             total.addmm_(left.square().t(), right.square())
-        elif left.dim() == 2 or name in self._ids:
+        elif left.dim() == 2 or name in self._ids or 2 * total.numel() > CHUNK:
             for i, (a, b) in enumerate(zip(self._examples(left), self._examples(right), strict=True)):
-                gradient = a.t() @ b
                 if name in self._ids:
-                    self._set_aside(name, gradient, self._ids[name][i])
-                ewc_accumulate_([total], [gradient])
-        else:
-            step = max(1, CHUNK // total.numel())
-            parts = (torch.split(rows.flatten(1, -2), step) for rows in (left, right))
-            for a, b in zip(*parts, strict=True):
-                gradients = torch.bmm(a.mT, b)
-                if len(gradients) == 1:
-                    ewc_accumulate_([total], [gradients[0]])
+                    with self._set_aside(name, a, b, self._ids[name][i]):
+                        _add_squared_product(total, a, b)
                 else:
-                    total.add_(gradients.square_().sum(0))
+                    _add_squared_product(total, a, b)
+        else:
+            parts = (torch.split(rows.flatten(1, -2), CHUNK // total.numel()) for rows in (left, right))
+            for a, b in zip(*parts, strict=True):
+                total.add_(torch.bmm(a.mT, b).square_().sum(0))
 
     def _vectors(self, name: str, rows: Tensor) -> None:
         """Add each example's ``(Σ_t row_t)²``."""
@@ -213,15 +209,25 @@ class SquaredGradients:
             gradient += torch.cat(self._kept.pop(name))
         total.index_add_(0, keys % len(total), gradient.square_())
 
-    def _set_aside(self, name: str, gradient: Tensor, ids: Tensor) -> None:
-        """Take the rows that this example also looks up out of the head's gradient, for ``_lookup``."""
-        rows = torch.unique(ids)
-        self._kept.setdefault(name, []).append(gradient[rows])
-        gradient[rows] = 0.0
+    @contextmanager
+    def _set_aside(self, name: str, left: Tensor, right: Tensor, ids: Tensor) -> Iterator[None]:
+        """Keep the rows that this example also looks up out of the sum, and their gradient for ``_lookup``."""
+        total, rows = self._sums[name], torch.unique(ids)
+        self._kept.setdefault(name, []).append(left[:, rows].t() @ right)
+        before = total[rows]
+        yield
+        total[rows] = before
 
     def _examples(self, rows: Tensor) -> Iterator[Tensor]:
         """The matrix of each example."""
         return iter(torch.split(rows, self._counts) if rows.dim() == 2 else rows.flatten(1, -2))
+
+
+def _add_squared_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += (leftᵀ right)²``, some rows at a time: the product of a large layer would leave the caches."""
+    rows = max(1, CHUNK // total.shape[1])
+    for into, part in zip(torch.split(total, rows), torch.split(left, rows, 1), strict=True):
+        ewc_accumulate_([into], [part.t() @ right])
 
 
 RULES: dict[type[nn.Module], Callable[..., None]] = {

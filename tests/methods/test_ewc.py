@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmbuilder.errors import ConfigError
 from llmbuilder.methods import EWC, Run
-from llmbuilder.methods.ewc import Quadratic, fisher_of
+from llmbuilder.methods.ewc import BATCH_LOGITS, BATCH_TOKENS, Quadratic, batches_of, fisher_of
 from llmbuilder.models import GPT, GPTConfig
 
 Tensors = dict[str, Tensor]
@@ -141,3 +141,19 @@ def test_weights_that_the_past_does_not_know_are_refused() -> None:
     method.load_past({"constant": 0.0, "fisher/other": torch.ones(2), "anchor/other": torch.ones(2)})
     with pytest.raises(ConfigError, match="train the same"):
         prepared(method)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "vocabulary", "rows"),
+    [
+        ([10] * 7, 100, [3, 3, 1]),  # as many as may be
+        ([1000, 900, 600, 500, 500], 100, [2, 3]),  # as many as the longest leaves room for
+        ([BATCH_TOKENS + 1, BATCH_TOKENS, 5, 5], 100, [1, 1, 2]),  # what is too long goes alone
+        ([64] * 4, BATCH_LOGITS // 128, [2, 2]),  # a large vocabulary leaves less
+    ],
+)
+def test_fisher_batches_hold_no_more_than_is_good(lengths: list[int], vocabulary: int, rows: list[int]) -> None:
+    examples = [{"input_ids": [0] * length, "labels": [at] * length} for at, length in enumerate(lengths)]
+    found = list(batches_of(examples, 3, vocabulary))
+    assert [len(part) for part in found] == rows
+    assert [example for part in found for example in part] == examples

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 
 from llmbuilder.data import collate
 from llmbuilder.errors import LLMBuilderError
-from llmbuilder.methods import fisher
+from llmbuilder.methods import fisher, per_example
 from llmbuilder.methods.fisher import Scores, diagonal_fisher, language_scores
 from llmbuilder.models import GPT, GPTConfig
 from llmbuilder.nn import LoRAConfig, add_lora
@@ -84,14 +84,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_batch(seed: int, count: int = 5) -> dict[str, Tensor]:
-    """Examples of uneven length, some labels masked, one with a single target."""
+def make_batch(seed: int, count: int = 5, targets: int | None = None) -> dict[str, Tensor]:
+    """Examples of uneven length, some labels masked, one with a single target; or all with as many targets."""
     draw = torch.Generator().manual_seed(seed)
     examples = []
     for i in range(count):
         length = int(torch.randint(4, 12, (), generator=draw))
         ids = torch.randint(VOCABULARY, (length,), generator=draw).tolist()
         masked = length - 1 if i == 1 else int(torch.randint(0, 3, (), generator=draw))
+        masked = masked if targets is None else length - targets
         examples.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
     return collate(examples)
 
@@ -112,10 +113,12 @@ def one_by_one(model: nn.Module, params: dict[str, nn.Parameter], batch: dict[st
     return {name: total / tokens for name, total in sums.items()}
 
 
+@pytest.mark.parametrize("chunk", [per_example.CHUNK, 40], ids=["whole layers", "rows of layers"])
 @pytest.mark.parametrize("name", MODELS)
-def test_fisher_equals_one_backward_pass_an_example(name: str) -> None:
+def test_fisher_equals_one_backward_pass_an_example(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp64 to 1e-6, for models round some things to fp32 in any dtype; in fp32 to rounding: nearly as near to the
     fp64 result as that way is at its worst weight."""
+    monkeypatch.setattr(per_example, "CHUNK", chunk)
     model = MODELS[name]().eval()
     batches = [make_batch(seed) for seed in (1, 2)]
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -142,6 +145,18 @@ def test_fisher_equals_one_backward_pass_an_example(name: str) -> None:
     for of in used:
         assert error(of, found_exactly) < 1e-6, of
         assert error(of, found) <= 16 * rounding, of
+
+
+@pytest.mark.parametrize("name", ["native", "native, tied", "Llama, tied"])
+def test_fisher_of_examples_of_one_target_each(name: str) -> None:
+    """A verdict of one word; the probe, as a run's, has a target at every token and must not be what finds it."""
+    model = MODELS[name]().double().eval()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    batch, probe, head = make_batch(1, targets=1), make_batch(2, targets=3), model.get_output_embeddings()
+    found = diagonal_fisher(model, params, [batch], language_scores(model), empirical=True, head=head, probe=probe)
+    exact = one_by_one(model, params, batch)
+    for of in params:
+        assert float((found[of] - exact[of]).abs().max()) < 1e-6 * float(exact[of].max()), of
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "Mixtral"])
@@ -262,6 +277,18 @@ def test_a_model_that_has_diverged_is_refused() -> None:
     with pytest.raises(LLMBuilderError, match="not finite"):
         diagonal_fisher(model, dict(model.named_parameters()), [batch], classifier_scores(model))
     assert all(param.requires_grad for param in model.parameters())
+
+
+def test_logits_whose_sum_half_precision_cannot_hold_are_finite() -> None:
+    """The residuals' squares, of the same fp16 logits in fp64; each is a number near 2/3 or 1/3, rounded to fp16."""
+    model = nn.Linear(4, 3).half()
+    with torch.no_grad():
+        model.bias.fill_(3e4)  # 18 of them are beyond 65504
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    batch = {"x": torch.randn(6, 4).half(), "labels": labels}
+    found = diagonal_fisher(model, {"bias": model.bias}, [batch], classifier_scores(model), empirical=True)
+    residual = F.one_hot(labels, 3) - model(batch["x"]).detach().double().softmax(-1)
+    assert torch.allclose(found["bias"].double(), (residual**2).mean(0), rtol=2**-8, atol=0)
 
 
 def test_fisher_of_data_without_targets_is_zero() -> None:

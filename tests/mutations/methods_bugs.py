@@ -27,6 +27,10 @@ def of_fisher(name: str, right: str, wrong: str, which: str, tests: str = FISHER
     return Bug("fisher", name, "methods/fisher.py", right, wrong, tests, which)
 
 
+def of_per_example(name: str, right: str, wrong: str, which: str) -> Bug:
+    return Bug("fisher", name, "methods/per_example.py", right, wrong, FISHER, which)
+
+
 def of_replay(name: str, right: str, wrong: str, which: str) -> Bug:
     return Bug("replay", name, "methods/replay.py", right, wrong, REPLAY, which)
 
@@ -75,6 +79,32 @@ BUGS = [
     ),
     of_fisher("labels of the data for the true one", "None if empirical else generator", "None", "softmax or seed"),
     of_fisher("drawn labels for the empirical one", "None if empirical else generator", "generator", "empirical"),
+    of_fisher(
+        "logits summed in half precision",
+        "logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32))",
+        "logits.sum()",
+        "half_precision",
+    ),
+    of_per_example("tied weight of one target as if untied", " and name not in self._ids:", ":", "one_target"),
+    of_per_example("rows that are looked up count twice", "total[rows] = before", "pass", "equals and tied"),
+    of_per_example(
+        "rows that are looked up without the head's gradient",
+        "gradient += torch.cat(self._kept.pop(name))",
+        "self._kept.pop(name)",
+        "equals and tied",
+    ),
+    of_per_example(
+        "chunks of rows in the wrong order",
+        "zip(torch.split(total, rows)",
+        "zip(reversed(torch.split(total, rows))",
+        "equals",
+    ),
+    of_ewc(
+        "batches of any length",
+        'min(most_rows, most_tokens // len(examples[start]["input_ids"]))',
+        "most_rows",
+        "no_more",
+    ),
     of_replay("buffer keeps the first", "draw.randrange(self.offered + 1)", "self.size", "uniform"),
     of_replay(
         "buffer forgets what earlier tasks offered",
