@@ -166,7 +166,7 @@ def _disagreeing(squares: SquaredGradients, batch: Tensors, score: Score) -> set
         # Far above rounding in the dtype that the model computes in, far below what a mixed-up example does.
         dtype = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else None
         tolerance = float(torch.finfo(dtype or squares.params[name].dtype).eps) ** 0.5
-        return float((quick[name] - slow[name]).abs().max()) > tolerance * float(slow[name].max())
+        return float(quick[name].sub_(slow[name]).abs_().max()) > tolerance * float(slow[name].max())
 
     return {name for name in seen if differ(name)}
 

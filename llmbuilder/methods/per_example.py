@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ..nn.lora import LoRAEmbedding, LoRALinear, Update
 from ..ops import ewc_accumulate_
 
-CHUNK = 2**18
-"""Most numbers of per-example gradients that are held at once: of several examples, or of some rows of one."""
+EXAMPLES, ROWS = 2**18, 2**20
+"""Most numbers of per-example gradients that are held at once: of several examples, and of some rows of one."""
 
 
 class SquaredGradients:
@@ -177,7 +177,7 @@ class SquaredGradients:
         total = self._sums[name]
         if left.dim() == 2 and max(self._counts) == 1 and name not in self._ids:
             total.addmm_(left.square().t(), right.square())
-        elif left.dim() == 2 or name in self._ids or 2 * total.numel() > CHUNK:
+        elif left.dim() == 2 or name in self._ids or 2 * total.numel() > EXAMPLES:
             for i, (a, b) in enumerate(zip(self._examples(left), self._examples(right), strict=True)):
                 if name in self._ids:
                     with self._set_aside(name, a, b, self._ids[name][i]):
@@ -185,7 +185,7 @@ class SquaredGradients:
                 else:
                     _add_squared_product(total, a, b)
         else:
-            parts = (torch.split(rows.flatten(1, -2), CHUNK // total.numel()) for rows in (left, right))
+            parts = (torch.split(rows.flatten(1, -2), EXAMPLES // total.numel()) for rows in (left, right))
             for a, b in zip(*parts, strict=True):
                 total.add_(torch.bmm(a.mT, b).square_().sum(0))
 
@@ -225,7 +225,7 @@ class SquaredGradients:
 
 def _add_squared_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += (leftᵀ right)²``, some rows at a time: the product of a large layer would leave the caches."""
-    rows = max(1, CHUNK // total.shape[1])
+    rows = max(1, ROWS // total.shape[1])
     for into, part in zip(torch.split(total, rows), torch.split(left, rows, 1), strict=True):
         ewc_accumulate_([into], [part.t() @ right])
 
