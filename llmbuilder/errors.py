@@ -20,3 +20,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name most like ``name``, or nothing when none is like it."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def no_such_task(where: str, task: str, known: Iterable[str]) -> str:
+    """What to say of a task that is none of the known ones; ``where`` it was named."""
+    known = list(known)
+    return f"{where}: no task is called '{task}'{nearest(task, known) or '.'} There are: {known}"

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     "errors": 0,
     "_version": 0,
+    "turns": 0,
     "_gpu": 1,
     "kernels": 2,
     "_C": 2,

@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from ..errors import ConfigError, LLMBuilderError, nearest
+from ..errors import ConfigError, LLMBuilderError, no_such_task
 from .examples import Example, GenerationPair, Tokenizer
 from .report import DataReport
 from .split import split
@@ -53,8 +53,7 @@ class MultiTaskDataset:
     def part(self, task: str) -> Any:
         """The data set of one task. Raises ConfigError for a name that is none."""
         if task not in self.tasks:
-            known = list(self.tasks)
-            raise ConfigError(f"the data: no task is called '{task}'{nearest(task, known) or '.'} There are: {known}")
+            raise ConfigError(no_such_task("the data", task, self.tasks))
         return self.tasks[task]
 
     @property

@@ -74,7 +74,7 @@ class ChatDataset:
         path: a file, a folder or rows in memory: messages (OpenAI, ShareGPT), pairs (Alpaca and the like: a question
             and an answer), or plain text that ``turn_separator`` splits (``shapes.conversation_rows``).
         tokenizer: a fast tokenizer; None takes the model's when the tuner binds the dataset. Its chat template writes
-            the conversation, else ``templates.PLAIN_TURNS``.
+            the conversation, else ``turns.PLAIN_TURNS``.
         turn_separator: what stands between the turns of a plain text; they alternate, the user's first.
         response_loss_only: False learns every token (None: as configured, else True). A row without an assistant turn
             is left out and named, unless every token is learnt.

@@ -4,7 +4,7 @@ A request is one user message where the tokenizer has a chat template; else the 
 and the tokenizer's end-of-text token behind it. ``{request}`` and ``{context}`` are the columns of the row
 (``shapes.PAIR_COLUMNS``); what stands in brackets is left out where there is no context.
 
-A conversation without a chat template is written as ``PLAIN_TURNS`` says.
+A conversation without a chat template is written as ``llmbuilder.turns`` says.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from ..errors import LLMBuilderError
+from ..turns import plain_turn
 from .examples import Tokenizer
 from .shapes import Message, Pair, RowError
 
@@ -53,14 +54,6 @@ TASKS = {
         metric="next_token",
     ),
     "conversation": Task(message="{request}[\n\n{context}]", prompt="", joint="", metric="next_token"),
-}
-
-# role -> (what stands before the content, what stands behind it)
-PLAIN_TURNS = {
-    "system": ("", "\n\n"),
-    "user": ("User: ", "\n"),
-    "tool": ("Tool: ", "\n"),
-    "assistant": ("Assistant:", "\n"),
 }
 
 
@@ -127,15 +120,11 @@ def plain_conversation(messages: list[Message], end: str) -> Rendered:
     """The conversation in plain turns; each answer, the space before it and the end token are learnt."""
     text, spans, reference = "", [], ""
     for message in messages:
-        before, behind = PLAIN_TURNS[message["role"]]
-        text += before
+        turn = plain_turn(message["role"], message["content"], end)
         if message["role"] == "assistant":
-            reference = message["content"]
-            answer = f" {reference}{end}"
-            spans.append((len(text), len(text) + len(answer)))
-            text += answer + behind
-        else:
-            text += message["content"] + behind
+            reference, start = message["content"], len(text) + len(turn.before)
+            spans.append((start, start + len(turn.said)))
+        text += "".join(turn)
     return Rendered(text, spans, spans[-1][0] if spans else 0, reference)
 
 

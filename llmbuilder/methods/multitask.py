@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data import MultiTaskDataset
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, no_such_task
 from ..nn import LanguageHead, LoRAConfig, add_lora, list_adapters, save_adapter
 from ..nn.tasks import add_heads, find_heads, save_heads, use_head
 from ..nn.tree import shares_of, state_of, wrappers
@@ -114,9 +114,8 @@ class MultiTask:
         return self._tasks.task_of(index) if source == "train" else None
 
     def _check(self, task: str, where: str) -> None:
-        known = list(self._tasks.tasks)
-        if task not in known:
-            raise ConfigError(f"{where}: no task is called '{task}'{nearest(task, known) or '.'} There are: {known}")
+        if task not in self._tasks.tasks:
+            raise ConfigError(no_such_task(where, task, self._tasks.tasks))
 
     @contextmanager
     def _serving(self, task: str | None) -> Iterator[None]:

@@ -6,15 +6,7 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import LLMBuilderError, nearest
-
-# How a conversation is written for a model without a chat template; training data is written in the same way.
-PLAIN_TURNS = {
-    "system": "{content}\n\n",
-    "user": "User: {content}\n",
-    "tool": "Tool: {content}\n",
-    "assistant": "Assistant: {content}{end}\n",
-}
-PLAIN_QUESTION = "Assistant:"
+from ..turns import PLAIN_TURNS, plain_turn
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -35,7 +27,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str,
             raise LLMBuilderError(f"the model's chat template refuses the conversation: {error}") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     text = "".join(_plain_turn(message, tokenizer.eos_token or "") for message in messages)
-    return list(tokenizer(text + PLAIN_QUESTION)["input_ids"])
+    return list(tokenizer(text + PLAIN_TURNS["assistant"].before)["input_ids"])
 
 
 def _plain_turn(message: dict[str, str], end: str) -> str:
@@ -44,4 +36,4 @@ def _plain_turn(message: dict[str, str], end: str) -> str:
         raise LLMBuilderError(
             f"no role '{role}' in a conversation, only {', '.join(PLAIN_TURNS)}{nearest(role, PLAIN_TURNS)}"
         )
-    return PLAIN_TURNS[role].format(content=message["content"], end=end)
+    return "".join(plain_turn(role, message["content"], end))

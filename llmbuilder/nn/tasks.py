@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import LLMBuilderError, nearest
+from ..errors import LLMBuilderError, nearest, no_such_task
 from ..models.names import named_layers
 from ..models.save import replacing
 from .peft_format import load_adapter
@@ -153,7 +153,7 @@ def load_task(model: nn.Module, folder: str | os.PathLike[str], task: str) -> No
     if not known:
         raise LLMBuilderError(f"{folder} holds nothing of a task '{task}': no adapters/ and no heads/")
     if task not in known:
-        raise LLMBuilderError(f"{folder}: no task is called '{task}'{nearest(task, known) or '.'} There are: {known}")
+        raise LLMBuilderError(no_such_task(str(folder), task, known))
     if (Path(folder) / "adapters").is_dir():
         load_adapter(model, Path(folder) / "adapters" / task, task)
     if (Path(folder) / "heads").is_dir():
