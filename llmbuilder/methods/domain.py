@@ -30,13 +30,13 @@ class Domain:
         self.label = label
 
     def prepare(self, run: Run) -> None:
-        self.seed = run.seed
+        self.seed, self.batch_size = run.seed, run.batch_size
         self.general = len(run.sources[SOURCE]) if SOURCE in run.sources else 0
 
     def batches(self, epoch: int, plan: Iterable[list[Key]]) -> Iterable[list[Key]]:
         plan = list(plan)
         domain = [key for keys in plan for key in keys]
-        size = len(plan[0])
+        size = self.batch_size  # the first batch of a plan may be a short one
         length = max(1, round(len(domain) / self.weight))
         keys = list(self._mixed(domain, epoch * length, length))
         return [keys[start : start + size] for start in range(0, length, size)]

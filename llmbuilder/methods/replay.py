@@ -34,7 +34,7 @@ class Replay:
         """Examples of all earlier tasks."""
 
     def prepare(self, run: Run) -> None:
-        self._seed = run.seed
+        self._seed, self._batch_size = run.seed, run.batch_size
         if self.examples:
             run.sources[SOURCE] = self.examples
 
@@ -45,7 +45,7 @@ class Replay:
         others = [key for keys in plan for key in keys]
         length = max(1, round(len(others) / (1 - self.frequency)))
         keys = list(self._mixed(others, epoch * length, length))
-        size = len(plan[0])
+        size = self._batch_size  # the first batch of a plan may be a short one
         return [keys[start : start + size] for start in range(0, length, size)]
 
     def after_task(self, run: Run) -> None:

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:no validation data", "ignore:no 
 
 def drawn(weight: float, epochs: int, domain: int = 23, general: int = 7, seed: int = 0) -> list[list[list[Key]]]:
     method = Domain(weight)
-    method.prepare(Run(torch.nn.Linear(1, 1), seed, {"general": [{"input_ids": []}] * general}))
+    sources: Any = {"general": [{"input_ids": []}] * general}
+    method.prepare(Run(torch.nn.Linear(1, 1), seed, sources, batch_size=4))
     return [list(method.batches(epoch, sampler.shuffled(domain, 4, seed, epoch))) for epoch in range(epochs)]
 
 
@@ -42,6 +43,11 @@ def test_an_epoch_goes_through_the_training_data_and_all_have_the_same_length(we
         domain = [index for batch in plan for source, index in batch if source == "train"]
         assert len(set(domain)) >= 22 and len(domain) - len(set(domain)) <= 1
     assert [key for batch in epochs[0] for key in batch] != [key for batch in epochs[1] for key in batch]
+
+
+def test_batches_are_whole_where_the_domain_has_too_few_examples_for_one() -> None:
+    (plan,) = drawn(0.1, 1, domain=3)
+    assert [len(batch) for batch in plan] == [4] * 7 + [2]  # 3 of 30 are of the domain
 
 
 def test_general_examples_all_come_before_any_comes_again() -> None:

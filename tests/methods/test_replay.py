@@ -16,7 +16,7 @@ def task(start: int, count: int) -> list[dict[str, list[int]]]:
 
 
 def run_of(data: list[dict[str, list[int]]], seed: int = 0) -> Run:
-    return Run(torch.nn.Linear(1, 1), seed, {"train": data})
+    return Run(torch.nn.Linear(1, 1), seed, {"train": data}, batch_size=4)
 
 
 def after(tasks: list[list[dict[str, list[int]]]], size: int, seed: int) -> list[int]:
@@ -77,6 +77,14 @@ def test_replay_frequency_is_exact_after_every_example(frequency: float) -> None
                 replayed += key[0] == SOURCE
                 assert replayed == math.floor(Fraction(str(frequency)) * n + Fraction(1, 2))
     assert len(lengths) == 1
+
+
+def test_batches_are_whole_where_the_task_has_too_few_examples_for_one() -> None:
+    replay = Replay(5, 0.9)
+    replay.load_past({"examples": task(100, 5), "offered": 5})
+    replay.prepare(run_of(task(0, 3)))
+    plan = [[("train", 0), ("train", 1), ("train", 2)]]
+    assert [len(keys) for keys in replay.batches(0, plan)] == [4] * 7 + [2]  # 3 of 30 are the task's
 
 
 def test_replayed_examples_take_turns() -> None:
