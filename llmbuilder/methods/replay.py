@@ -6,6 +6,8 @@ from fractions import Fraction
 from itertools import count, islice
 from typing import Any
 
+import torch
+
 from .base import Example, Key, Run
 
 SOURCE = "replay"
@@ -21,7 +23,7 @@ class Replay:
     other examples once; to keep the share exact it may leave out its last example, or begin it again.
 
     Args:
-        size: most examples to keep.
+        size: most examples to keep. Where an earlier run kept more, a uniform sample of them stays.
         frequency: ρ, in (0, 1).
     """
 
@@ -35,6 +37,9 @@ class Replay:
 
     def prepare(self, run: Run) -> None:
         self._seed, self._batch_size = run.seed, run.batch_size
+        if len(self.examples) > self.size:  # an earlier run kept more
+            draw = random.Random(f"{run.seed}/smaller/{self.offered}")
+            self.examples[:] = draw.sample(self.examples, self.size)
         if self.examples:
             run.sources[SOURCE] = self.examples
 
@@ -57,7 +62,7 @@ class Replay:
             place = len(kept) if len(kept) < self.size else draw.randrange(self.offered + 1)
             self.offered += 1
             if place < self.size:
-                kept[place : place + 1] = [dict(data[index])]
+                kept[place : place + 1] = [_plain(data[index])]
         self.examples = kept
 
     def state(self) -> dict[str, Any]:
@@ -83,6 +88,12 @@ class Replay:
     def _replayed(self, n: int) -> int:
         """How many of the first n examples come from the buffer."""
         return int(n * self.frequency + Fraction(1, 2))
+
+
+def _plain(example: Example) -> Example:
+    """What a batch is made of, in lists of numbers that JSON can hold; examples may be arrays or tensors."""
+    names = [name for name in ("input_ids", "labels", "weights") if name in example]
+    return {name: torch.as_tensor(example[name]).tolist() for name in names}
 
 
 def _shuffles(size: int, seed: int) -> Iterator[int]:

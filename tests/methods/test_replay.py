@@ -1,8 +1,12 @@
 """Replay: the buffer is a uniform sample, the share is exact."""
 
+import json
 import math
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,10 +23,10 @@ def run_of(data: list[dict[str, list[int]]], seed: int = 0) -> Run:
     return Run(torch.nn.Linear(1, 1), seed, {"train": data}, batch_size=4)
 
 
-def after(tasks: list[list[dict[str, list[int]]]], size: int, seed: int) -> list[int]:
-    """Which examples the buffer holds after these tasks, each in a run of its own."""
+def after(tasks: list[list[dict[str, list[int]]]], sizes: list[int], seed: int) -> list[int]:
+    """Which examples the buffer holds after these tasks, each in a run of its own with a buffer of its own size."""
     past = None
-    for data in tasks:
+    for data, size in zip(tasks, sizes, strict=True):
         replay = Replay(size, 0.5)
         if past is not None:
             replay.load_past(past)
@@ -34,13 +38,15 @@ def after(tasks: list[list[dict[str, list[int]]]], size: int, seed: int) -> list
     return [example["input_ids"][0] for example in past["examples"]]
 
 
-def test_memory_buffer_size_keeps_a_uniform_sample_of_all_tasks() -> None:
-    """Every example of three tasks of different length is kept equally often: χ² over 2,000 seeds."""
+@pytest.mark.parametrize("sizes", [[12, 12, 12], [17, 20, 12], [15, 8, 8]], ids=["equal", "smaller last", "smaller"])
+def test_memory_buffer_size_keeps_a_uniform_sample_of_all_tasks(sizes: list[int]) -> None:
+    """Every example of three tasks of different length is kept equally often: χ² over 2,000 seeds. Also where a run's
+    buffer is smaller than that of the run before."""
     tasks = [task(0, 17), task(17, 5), task(22, 28)]
-    size, seeds = 12, 2000
+    size, seeds = sizes[-1], 2000
     counts = torch.zeros(50)
     for seed in range(seeds):
-        kept = after(tasks, size, seed)
+        kept = after(tasks, sizes, seed)
         assert len(set(kept)) == size
         counts[kept] += 1
     expected = seeds * size / 50
@@ -51,7 +57,7 @@ def test_memory_buffer_size_keeps_a_uniform_sample_of_all_tasks() -> None:
 
 
 def test_a_buffer_that_is_not_full_holds_everything() -> None:
-    assert after([task(0, 3), task(3, 4)], 10, 0) == list(range(7))
+    assert after([task(0, 3), task(3, 4)], [10, 10], 0) == list(range(7))
 
 
 @pytest.mark.parametrize("frequency", [0.1, 0.25, 1 / 3, 0.5, 0.9, 0.07])
@@ -97,6 +103,38 @@ def test_replayed_examples_take_turns() -> None:
     turns = [index for source, index in keys if source == SOURCE]
     assert len(turns) == 28 and all(sorted(turns[i : i + 7]) == list(range(7)) for i in (0, 7, 14, 21))
     assert turns[:7] != turns[7:14]
+
+
+def test_a_smaller_buffer_holds_no_more_and_a_resumed_run_the_same() -> None:
+    past = {"examples": task(0, 50), "offered": 90}
+    buffers = []
+    for seed in (3, 3, 4):
+        replay, run = Replay(5, 0.5), run_of(task(50, 4), seed)
+        replay.load_past(past)
+        replay.prepare(run)
+        assert run.sources[SOURCE] is replay.examples and len(replay.examples) == 5
+        buffers.append([example["input_ids"][0] for example in replay.examples])
+        replay.after_task(run)
+        assert len(replay.past()["examples"]) == 5 and replay.past()["offered"] == 94
+    assert buffers[0] == buffers[1] != buffers[2] and set(buffers[0]) < set(range(50))
+    assert past["examples"] == task(0, 50)  # the earlier run keeps its own
+
+
+def test_arrays_and_tensors_are_kept_as_plain_numbers() -> None:
+    data: Any = [
+        {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([-100, 2]), "weights": torch.tensor([1.0, 0.5])},
+        {"input_ids": np.array([3, 4]), "labels": [np.int64(3), np.int64(4)], "source": Path("a.txt")},
+        {"input_ids": [5, 6], "labels": (5, 6)},
+    ]
+    replay, run = Replay(5, 0.5), run_of(data)
+    replay.prepare(run)
+    replay.after_task(run)
+    wanted = [
+        {"input_ids": [1, 2], "labels": [-100, 2], "weights": [1.0, 0.5]},
+        {"input_ids": [3, 4], "labels": [3, 4]},
+        {"input_ids": [5, 6], "labels": [5, 6]},
+    ]
+    assert json.loads(json.dumps(replay.past()["examples"])) == replay.past()["examples"] == wanted
 
 
 def test_the_first_task_replays_nothing() -> None:
