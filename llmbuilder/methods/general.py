@@ -30,7 +30,8 @@ class General:
     Where none was given, text is sampled from the model as it is before anything is changed: each text from the
     tokenizer's begin-of-text token, or from a token drawn at random where there is none, up to an end of text or 256
     tokens. It is made once for a model and seed and kept in ``$LLMBUILDER_CACHE`` (``~/.cache/llmbuilder``); the
-    checkpoint has a copy. A warning says what it costs. Comes before any method that changes the model.
+    checkpoint has a copy. Where the folder can't be written a warning says so. Another says what it costs. Comes before
+    any method that changes the model.
 
     Args:
         tokens: most tokens to make.
@@ -82,8 +83,15 @@ class General:
             return Texts(tensors["ids"], tensors["bounds"])
         except (OSError, SafetensorError, KeyError):  # not there, or damaged: make it (again)
             texts = make_texts(run.model, self.tokens, self.length, run.seed)
-        with replacing(path) as temporary:
-            save_file({"ids": texts.ids, "bounds": texts.bounds}, temporary)
+        try:
+            with replacing(path) as temporary:
+                save_file({"ids": texts.ids, "bounds": texts.bounds}, temporary)
+        except (OSError, SafetensorError) as error:  # the run can do without the file
+            warnings.warn(
+                f"the sampled text is not kept for later runs: {path.parent} can't be written ({error}); set "
+                "LLMBUILDER_CACHE to a folder that can",
+                stacklevel=2,
+            )
         return texts
 
     def _key(self, run: Run) -> str:

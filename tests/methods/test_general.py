@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llmbuilder.errors import ConfigError, LLMBuilderError
@@ -93,6 +94,29 @@ def test_a_damaged_file_is_made_again(cache: Path) -> None:
     with pytest.warns(UserWarning, match="sampled"):
         _, again = prepared(make_model())
     assert rows(again) == rows(first)
+
+
+@pytest.mark.filterwarnings("ignore:no general_dataset")
+@pytest.mark.parametrize("what", ["a file in its place", "no folder there", "a full disk"])
+def test_text_that_cannot_be_kept_is_used_all_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    _, wanted = prepared(make_model())
+    (file,) = cache.iterdir()
+    if what == "no folder there":
+        monkeypatch.setenv("LLMBUILDER_CACHE", "/proc/nope")
+    elif what == "a file in its place":
+        file.unlink()
+        cache.rmdir()
+        cache.write_text("mine")
+    else:
+        monkeypatch.setattr("llmbuilder.methods.general.save_file", refuse)
+        file.unlink()
+    with pytest.warns(UserWarning, match="not kept for later runs: .* can't be written .*set LLMBUILDER_CACHE"):
+        _, run = prepared(make_model())
+    assert rows(run) == rows(wanted)
+
+
+def refuse(*_: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_given_data_are_used_and_others_refused_on_resume() -> None:
