@@ -12,6 +12,15 @@ from .config import FineTuningConfig
 from .randomness import undisturbed
 from .sampler import check_examples, load_batches
 
+WHAT = {
+    "train": "training data",
+    "val": "validation data",
+    "general": "general data",
+    "base_val": "data of the base tasks",
+    "replay": "buffer of earlier tasks' replayed examples",
+}
+"""What people call the data of a run."""
+
 
 class Loader:
     """Binds data sets to a model's tokenizer and makes their batches.
@@ -28,13 +37,22 @@ class Loader:
         pad_id = getattr(self.tokenizer, "pad_token_id", None) or 0
         self._collate = Collator(config.data_collator, pad_id, config.max_seq_length)
 
-    def bind(self, dataset: Any) -> str:
-        """Tokenise a data set and see that the model can read it; returns a hash of its examples."""
+    def bind(self, dataset: Any, name: str = "") -> str:
+        """Tokenise a data set and see that the model can read it; returns a hash of its examples.
+
+        ``name`` is that of its role in the run, for errors.
+        """
         if hasattr(dataset, "bind"):
             dataset.bind(self.tokenizer, self.config)
         table = self.model.get_input_embeddings()  # type: ignore[operator]
         with undisturbed():
-            return check_examples(dataset, context_length(self.model), getattr(table, "num_embeddings", None))
+            return check_examples(
+                dataset,
+                context_length(self.model),
+                getattr(table, "num_embeddings", None),
+                self.config.max_seq_length,
+                WHAT.get(name, f"data of '{name}'" if name else "data set"),
+            )
 
     def batches(self, sources: Mapping[str, Sequence[Example]], plan: Sequence[list[Key]]) -> Iterator[Batch]:
         """The batches of ``plan``, on the CPU."""

@@ -27,7 +27,7 @@ from .display import Display
 from .folder import RunFolder
 from .interrupt import interruptible
 from .judge import Judge
-from .loader import Loader
+from .loader import WHAT, Loader
 from .metrics import MetricsLog, draw_loss
 from .optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_rate, trained_parameters
 from .past import Past, go_on
@@ -110,9 +110,9 @@ class FineTuner:
         train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
 
         check_data(self.config, general_dataset is not None, base_val_dataset is not None)
-        for given in (general_dataset, base_val_dataset):
+        for name, given in (("general", general_dataset), ("base_val", base_val_dataset)):
             if given is not None:
-                self.loader.bind(given)
+                self._hashes[name] = self.loader.bind(given, name)
 
         self.device = place(model, self.config)
         self.run = Run(
@@ -130,6 +130,9 @@ class FineTuner:
             seed_all(self.config.seed)
             self.methods.load_past(self._past.methods)
             self.methods.prepare(self.run)
+        for name, source in self.run.sources.items():
+            if name != "train" and source is not general_dataset:  # what methods added; the rest is checked
+                self.loader.bind(source, name)
         self.bf16 = use_bf16(model, self.config)
         self.trained = trained_parameters(model)
         if not self.trained:
@@ -381,7 +384,7 @@ class FineTuner:
         values = {
             "progress": dataclasses.asdict(self.progress),
             "config": self.config.resolved(),
-            "data": self._data,
+            "data": self._hashes,
             "tasks": self._past.tasks,
             "random": random_values,
             "methods": method_values,
@@ -395,8 +398,9 @@ class FineTuner:
         changes = FineTuningConfig(**values["config"]).changes(self.config)
         if changes:
             raise ConfigError(f"{path} was made with other settings ({'; '.join(changes)}): resume with those it had")
-        if values["data"] != self._data:
-            raise ConfigError(f"{path} was made with other training data: resume with the data it had")
+        names = [name for name in WHAT if values["data"].get(name) != self._hashes.get(name)]
+        if names:
+            raise ConfigError(f"{path} was made with other {WHAT[names[0]]}: resume with the data it had")
         if values["tasks"] != self._past.tasks:
             raise ConfigError(f"{path} was made after other tasks: resume with the continue_from it had")
         shapes = {name: weight.shape for name, weight in self.trained.items()}
@@ -420,12 +424,13 @@ class FineTuner:
 
     def _divide(self, train: Any, val: Any) -> tuple[Any, Any, str]:
         """The data to train on, the data to judge by, and what to call the latter."""
-        self._data = self.loader.bind(train)
+        self._data = self.loader.bind(train, "train")
+        self._hashes = {"train": self._data}
         share = self.config.validation_split
         if val is not None and share:
             raise ConfigError(f"validation_split={share} has no effect beside a val_dataset: drop one of them")
         if val is not None:
-            self.loader.bind(val)
+            self._hashes["val"] = self.loader.bind(val, "val")
             return train, val, "validation"
         if share and not hasattr(train, "task_type"):
             raise ConfigError("validation_split needs a data set of llmbuilder.data; give a sequence in two parts")

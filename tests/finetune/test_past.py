@@ -121,6 +121,22 @@ def test_several_methods_at_once_resume_bit_for_bit(
     assert same_past(Past.load(tmp_path / "cut2" / "past"), Past.load(tmp_path / "b" / "past"))
 
 
+def test_examples_of_earlier_tasks_that_are_too_long_now_are_refused_before_training(
+    make_gpt: Make, make_examples: Make, make_config: Make, tmp_path: Path
+) -> None:
+    def run(length: int, limit: int, **how: Any) -> FineTuner:
+        rows = make_examples(6, shortest=length, longest=length)
+        settings = {"use_lora": False, "memory_buffer_size": 6, "replay_frequency": 0.3, "continual_learning": True}
+        config = make_config(**settings, max_seq_length=limit, num_epochs=1)
+        return FineTuner(make_gpt() if not how else how["continue_from"].model, rows, rows[:2], config, **how)
+
+    first = run(20, 20)
+    first.train()
+    with pytest.raises(LLMBuilderError, match=r"replayed examples: the longest .* 20 tokens, and max_seq_length is 12"):
+        run(8, 12, continue_from=first)
+    assert run(8, 20, continue_from=first).total_steps
+
+
 def stop_at(folder: Path, step: int) -> None:
     """What a run leaves that is killed after the checkpoint of this step."""
     for name in ("results.json", "loss.png", "model", "adapter", "past"):

@@ -238,10 +238,32 @@ def test_other_data_and_another_model_are_refused(whole: Path) -> None:
         FineTuner(
             crashing.make_model(), crashing.make_data(22, 9), crashing.make_data(5, 2), config, resume=True
         ).train()
+    with pytest.raises(ConfigError, match="other validation data"):
+        FineTuner(
+            crashing.make_model(), crashing.make_data(22, 1), crashing.make_data(5, 3), config, resume=True
+        ).train()
     model = crashing.make_model()
     del model.blocks[1]
     with pytest.raises(ConfigError, match="another model"):
         FineTuner(model, crashing.make_data(22, 1), crashing.make_data(5, 2), config, resume=True).train()
+
+
+def test_other_general_data_and_other_data_of_the_base_tasks_are_refused(tmp_path: Path) -> None:
+    config = crashing.make_config(
+        tmp_path / "run", max_steps=1, warmup_steps=0, domain_weight=0.5, validation_on_base_tasks=True
+    )
+
+    def run(general: int, base: int, resume: bool = True) -> Results:
+        data = {"general_dataset": crashing.make_data(3, general), "base_val_dataset": crashing.make_data(3, base)}
+        train, val = crashing.make_data(6, 1), crashing.make_data(3, 2)
+        return FineTuner(crashing.make_model(), train, val, config, resume=resume, **data).train()
+
+    results = run(3, 4, resume=False)
+    with pytest.raises(ConfigError, match="other general data"):
+        run(5, 4)
+    with pytest.raises(ConfigError, match="other data of the base tasks"):
+        run(3, 5)
+    assert run(3, 4).forgetting == results.forgetting
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:

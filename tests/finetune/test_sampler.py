@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,45 @@ def test_tokens_that_the_model_does_not_have_are_refused() -> None:
     assert check_examples(data, 8, 62)
     with pytest.raises(LLMBuilderError, match="example 1 holds the token 61, the model's vocabulary ends at 60"):
         check_examples(data, 8, 61)
+
+
+FINE = {"input_ids": [1, 2], "labels": [-100, 2]}
+BAD: dict[str, tuple[Any, str]] = {
+    "a path": ("data.txt", r"is a str: give a data set, TextDataset\(path\) or load_dataset\(path, config\)"),
+    "nothing": (None, "is a NoneType: give a data set"),
+    "texts": (["one", "two"], "example 0 is a str, and should be .*TextDataset"),
+    "no labels": ([FINE, {"input_ids": [1]}], "example 1 has no labels: give both"),
+    "lengths": ([FINE, {"input_ids": [1, 2], "labels": [1]}], "example 1: input_ids and labels .* of one length"),
+    "weights": ([FINE, FINE | {"weights": [1.0]}], "example 1: .*weights should be lists of one length"),
+    "empty": ([FINE, {"input_ids": [], "labels": []}], "example 1 has no tokens: leave it out"),
+    "floats": ([FINE, {"input_ids": [1.5], "labels": [1]}], "example 1: input_ids and labels should be integers"),
+    "negative": ([FINE, {"input_ids": [-2], "labels": [1]}], "example 1 holds the token -2, and tokens start at 0"),
+    "label": (
+        [FINE, {"input_ids": [1], "labels": [-1]}],
+        "example 1 holds the label -1, and labels are tokens, or -100",
+    ),
+    "big label": ([FINE, {"input_ids": [1], "labels": [9999]}], "example 1 holds the label 9999, .* ends at 60"),
+}
+
+
+@pytest.mark.parametrize(("data", "told"), BAD.values(), ids=BAD.keys())
+def test_what_is_no_sequence_of_examples_is_refused_by_number(data: Any, told: str) -> None:
+    with pytest.raises(LLMBuilderError, match=told):
+        check_examples(data, 8, 61)
+
+
+def test_arrays_and_tensors_are_examples_too() -> None:
+    rows: list[Any] = [torch.tensor([1, 2]), np.array([1, 2], dtype=np.int32), (1, 2)]
+    assert len({check_examples([{"input_ids": row, "labels": row}], 8, 61) for row in rows}) == 1
+
+
+def test_examples_longer_than_max_seq_length_are_refused_by_the_datas_name() -> None:
+    data = [FINE, {"input_ids": [1] * 5, "labels": [1] * 5}]
+    assert check_examples(data, 8, 61, 5)
+    with pytest.raises(
+        LLMBuilderError, match=r"general data: the longest example \(1\) .* max_seq_length is 4: set it to 5"
+    ):
+        check_examples(data, 8, 61, 4, "general data")
 
 
 def test_no_examples_and_too_long_ones_are_refused() -> None:
