@@ -64,7 +64,12 @@ def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
     try:
         trained: Any = load_model(folder / kind)
         grow_vocabulary(model, len(trained.get_input_embeddings().weight))
-        model.load_state_dict(trained.state_dict())
+        state = trained.state_dict()
+        for name, weight in model.named_parameters():  # a base in bf16 would round what was trained in fp32
+            weight.data = weight.data.to(state[name].dtype) if name in state else weight.data
+        model.load_state_dict(state)
+        if getattr(trained, "tokenizer", None) is not None:  # with the tokens that the run added
+            model.tokenizer = trained.tokenizer
     except RuntimeError:
         raise ConfigError(f"continue_from {folder}: made with another model; load it from {folder / kind}") from None
     _load_heads(model, folder)

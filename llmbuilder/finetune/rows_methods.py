@@ -195,12 +195,17 @@ def _style_contradictions(config: Any) -> dict[str, bool]:
     names = [targets] if isinstance(targets, str) else targets or []
     attention = all(name.split(".")[0] == "attention" for name in names)
     facts = bool(names) and all(name.split(".")[0] == "mlp" for name in names)
+    extra = config.lora_config or {}
+    more = [name for name in ("modules_to_save", "bias") if extra.get(name) not in (None, [], "none", "lora_only")]
     return {
         "style_adaptation trains adapters, and use_lora=False forbids them: drop one of them": (
             config.style_adaptation and not config.use_lora
         ),
         f"style_adaptation trains attention only, and target_modules={targets!r} names more: drop one of them": (
             config.style_adaptation and not attention
+        ),
+        f"style_adaptation trains attention only, and lora_config's {' and '.join(more)} would train more: leave out": (
+            config.style_adaptation and bool(more)
         ),
         f"preserve_factual_knowledge leaves target_modules={targets!r} nothing to train: name other modules": (
             config.preserve_factual_knowledge and facts
@@ -281,6 +286,7 @@ def _code_contradictions(config: Any) -> dict[str, bool]:
     targets = config.lora_target_modules
     embeddings = "embeddings" in ([targets] if isinstance(targets, str) else targets or [])
     new = "special_tokens" if tokens else "syntax_aware_training" if config.syntax_aware_training else ""
+    rows = bool((config.lora_config or {}).get("trainable_token_indices"))
     return {
         "code_language has no effect without code_specific_loss or syntax_aware_training": (
             config.code_language is not None and not code
@@ -294,6 +300,8 @@ def _code_contradictions(config: Any) -> dict[str, bool]:
         f"{new} adds rows to the embeddings, and freeze_embeddings keeps them from learning: drop one of them": (
             bool(new) and config.freeze_embeddings
         ),
+        "trainable_token_indices are rows of the embeddings, and freeze_embeddings keeps them from learning: drop one "
+        "of them": rows and config.freeze_embeddings,
         f"{new} trains new rows of the embeddings, and an adapter on all rows would change the old ones: "
         "leave 'embeddings' out of target_modules": bool(new) and embeddings,
     }

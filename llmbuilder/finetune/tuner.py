@@ -163,6 +163,10 @@ class FineTuner:
         """
         if self._trained:
             raise LLMBuilderError("this FineTuner has trained already; make a new one to train on")
+        if self._task_ended:
+            raise LLMBuilderError(
+                "end_task has made a past task of this FineTuner's data: train with a new one, continue_from= this one"
+            )
         self._trained = True
         with undisturbed():
             seed_all(self.config.seed)
@@ -348,7 +352,9 @@ class FineTuner:
             self.model.eval()
             with undisturbed():
                 self.methods.after_task(self.run)
-            self._past = Past([*self._past.tasks, {"name": "", "data": self._data}], self.methods.past())
+            # What this run's methods do not know stays as it was, for a run that asks for it again.
+            known = {name: past for name, past in self.methods.past().items() if past}
+            self._past = Past([*self._past.tasks, {"name": "", "data": self._data}], self._past.methods | known)
             self._task_ended = True
         self._past.tasks[-1]["name"] = name or self._past.tasks[-1]["name"] or f"task {len(self._past.tasks)}"
         if self.folder and self.folder.path.is_dir():

@@ -54,8 +54,9 @@ class Quadratic:
                 share = torch.where(total > 0, added / total, 1.0)
                 self.constant += float((known * share * (anchor - before) ** 2).sum())
                 added, anchor = total, torch.lerp(before, anchor, share)
-            self.fishers[name] = added.to(fisher.dtype).contiguous()
-            self.anchors[name] = anchor.to(anchors[name].dtype).contiguous()
+            # copies, also where nothing is rounded: an anchor must not move with the weight
+            self.fishers[name] = added.to(fisher.dtype, copy=True).contiguous()
+            self.anchors[name] = anchor.to(anchors[name].dtype, copy=True).contiguous()
 
     def replace(self, fishers: Tensors, anchors: Tensors, decay: float) -> None:
         """``F = decay · F + F_new`` around the newest anchors (online EWC, arXiv 1805.06370, equation 9)."""
@@ -93,7 +94,7 @@ class EWC:
         estimate: how the Fisher information of weights on some examples is found, for models other than of language.
 
     Raises:
-        ConfigError: a run that goes on trains none of the weights that the past knows.
+        ConfigError: a run that goes on trains none of the weights that the past knows, or another model's.
     """
 
     name = "ewc"
@@ -147,11 +148,20 @@ class EWC:
     past, load_past = state, load_state
 
     def _place(self) -> None:
-        """Bring what was loaded to where the weights are."""
-        for tensors in (self.past_tasks.fishers, self.past_tasks.anchors):
-            tensors |= {
-                name: value.to(self._params[name].device) for name, value in tensors.items() if name in self._params
-            }
+        """Bring what was loaded to where the weights are. The past does not hold the rows that a table got since."""
+        fishers, anchors = self.past_tasks.fishers, self.past_tasks.anchors
+        for name in fishers.keys() & self._params.keys():
+            weight = self._params[name].detach()
+            fisher, anchor = (kept[name].to(weight.device) for kept in (fishers, anchors))
+            if fisher.shape[1:] != weight.shape[1:] or len(fisher) > len(weight):
+                raise ConfigError(
+                    f"the earlier run knows '{name}' as {[*fisher.shape]}, and the model has it as {[*weight.shape]}: "
+                    "go on with the model that it left"
+                )
+            if len(fisher) < len(weight):
+                new = weight[len(fisher) :].to(anchor.dtype)
+                fisher, anchor = torch.cat([fisher, torch.zeros_like(new)]), torch.cat([anchor, new])
+            fishers[name], anchors[name] = fisher, anchor
 
 
 Estimate = Callable[[Run, dict[str, nn.Parameter], Sequence[Example], bool], dict[str, Tensor]]

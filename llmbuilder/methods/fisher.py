@@ -155,7 +155,8 @@ def _add_singly(squares: SquaredGradients, sums: Tensors, batch: Tensors, score:
 
 
 def _disagreeing(squares: SquaredGradients, batch: Tensors, score: Score) -> set[str]:
-    """The parameters whose sums over a small batch differ between the two ways by more than rounding."""
+    """The parameters that one backward pass of a small batch does not give, or whose sums over it differ between the
+    two ways by more than rounding."""
     quick = {name: _zeros(param) for name, param in squares.params.items()}
     slow = {name: torch.zeros_like(total) for name, total in quick.items()}
     labels, missed = _add_batch(squares, quick, batch, score, None)
@@ -168,7 +169,7 @@ def _disagreeing(squares: SquaredGradients, batch: Tensors, score: Score) -> set
         tolerance = float(torch.finfo(dtype or squares.params[name].dtype).eps) ** 0.5
         return float(quick[name].sub_(slow[name]).abs_().max()) > tolerance * float(slow[name].max())
 
-    return {name for name in seen if differ(name)}
+    return missed | {name for name in seen if differ(name)}
 
 
 @torch.no_grad()

@@ -1,12 +1,16 @@
 """LoRA: the model stays as it is, small adapters beside its layers train (arXiv 2106.09685)."""
 
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
 from ..errors import ConfigError
-from ..nn import LoRAConfig, activate_adapters, add_lora, list_adapters, save_adapter
-from ..nn.lora import Update
+from ..models.names import resolve
+from ..nn import LoRAConfig, LoRAEmbedding, LoRALinear, activate_adapters, add_lora, list_adapters, save_adapter
+from ..nn.inject import modules_to_save
+from ..nn.lora import TrainedCopy, Update
+from ..nn.tree import wrappers
 from .base import Run
 
 
@@ -17,7 +21,7 @@ class LoRA:
         config: rank, alpha, dropout, target modules and what else an adapter has.
 
     Raises:
-        ConfigError: in a run that goes on, another rank or alpha than the adapter's.
+        ConfigError: in a run that goes on, several adapters, or one that is not what ``config`` asks for.
     """
 
     name = "lora"
@@ -32,17 +36,46 @@ class LoRA:
             add_lora(run.model, self.config)
 
     def _go_on(self, model: nn.Module) -> None:
-        (name, had), *_ = list_adapters(model).items()
-        if (had.rank, had.scaling) != (self.config.rank, self.config.scaling):
+        names = list(list_adapters(model))
+        if len(names) != 1:
             raise ConfigError(
-                f"the earlier run's adapter has rank {had.rank} and alpha {had.alpha:g}, this run asks for "
-                f"{self.config.rank} and {self.config.alpha:g}: give those it has"
+                f"the model has the adapters {', '.join(names)}, and this run trains one: give shared_encoder=False "
+                "as the run that made them, or load a model with one of them"
             )
+        go_on_with(model, names[0], self.config)
         model.requires_grad_(False)
-        activate_adapters(model, name)
-        for module in model.modules():
-            if isinstance(module, Update):
-                module.p = self.config.dropout
+        activate_adapters(model, names[0])
 
     def export(self, model: nn.Module, folder: Path) -> None:
         save_adapter(model, folder / "adapter")
+
+
+def go_on_with(model: nn.Module, name: str, config: LoRAConfig) -> None:
+    """Have an adapter that is there trained as ``config`` says: with its dropout.
+
+    Raises ConfigError where the adapter is not what ``config`` asks for in anything else.
+    """
+    had = list_adapters(model)[name]
+    if (had.rank, had.scaling) != (config.rank, config.scaling):
+        raise ConfigError(
+            f"the earlier run's adapter has rank {had.rank} and alpha {had.alpha:g}, this run asks for "
+            f"{config.rank} and {config.alpha:g}: give those it has"
+        )
+    low_rank = {id(w.base) for w in wrappers(model) if isinstance(w, LoRALinear | LoRAEmbedding) and name in w.adapters}
+    whole = {id(w.base) for w in wrappers(model) if isinstance(w, TrainedCopy) and name in w.copies}
+    copied = modules_to_save(model, config.modules_to_save)
+    targets = resolve(model, config.target_modules, exclude=list(copied))
+    unlike = {
+        "target_modules": low_rank != {id(target.module) for target in targets},
+        "modules_to_save": whole != {id(module) for module in copied.values()},
+        "bias": had.bias != config.bias,
+        "trainable_token_indices": not {*config.trainable_token_indices} <= {*had.trainable_token_indices},
+    }
+    for field in (field for field, differs in unlike.items() if differs):
+        raise ConfigError(
+            f"the earlier run's adapter has {field}={getattr(had, field)!r}, this run asks for "
+            f"{getattr(config, field)!r}: give those it has"
+        )
+    for wrapper in wrappers(model):
+        if isinstance(wrapper, LoRALinear) and name in wrapper.adapters:
+            cast(Update, wrapper.adapters[name]).p = config.dropout

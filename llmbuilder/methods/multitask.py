@@ -14,13 +14,18 @@ from ..nn import LanguageHead, LoRAConfig, add_lora, list_adapters, save_adapter
 from ..nn.tasks import add_heads, find_heads, save_heads, use_head
 from ..nn.tree import shares_of, state_of, wrappers
 from .base import Batch, Key, Run
+from .lora import go_on_with
 
 
 class TaskAdapters:
-    """One adapter for each task, named as the task, and nothing else trains; a run that goes on trains those there are.
+    """One adapter for each task, named as the task, and nothing else trains; a run that goes on trains those there are,
+    and keeps those of tasks that are not its own.
 
     Args:
         config: rank, alpha, dropout, target modules and what else each adapter has.
+
+    Raises:
+        ConfigError: in a run that goes on, an adapter that is not what ``config`` asks for, or none of its tasks'.
     """
 
     name = "task adapters"
@@ -29,12 +34,20 @@ class TaskAdapters:
         self.config = config
 
     def prepare(self, run: Run) -> None:
-        there = list_adapters(run.model)
-        for task in sorted(tasks_of(run).tasks):  # as a folder lists them
-            if task not in there:
+        there, own = list_adapters(run.model), sorted(tasks_of(run).tasks)  # as a folder lists them
+        if there and not there.keys() & {*own}:
+            raise ConfigError(
+                f"the model has the adapter {', '.join(there)}, which is of none of the tasks {', '.join(own)}: go on "
+                "with shared_encoder=True, or name the tasks as the earlier run did"
+            )
+        for task in own:
+            if task in there:
+                go_on_with(run.model, task, self.config)
+            else:
                 add_lora(run.model, self.config, task)
         for wrapper in wrappers(run.model):
-            shares_of(wrapper).requires_grad_(True)
+            for task, share in shares_of(wrapper).items():
+                share.requires_grad_(task in own)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         for task in state_of(model).configs:

@@ -46,8 +46,11 @@ class SquaredGradients:
         self._lookups: Counter[str] = Counter()
         self._ids: dict[str, Tensor] = {}
         self._kept: dict[str, list[Tensor]] = {}
+        self._ruling = False
+        device = next(iter(self.params.values())).device.type
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         frozen = [param for param in self.model.parameters() if param.requires_grad]
-        hooks = [module.register_forward_hook(self._see) for module in self._users()]
+        hooks = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._users()]
         for param in frozen:
             param.requires_grad_(False)
         try:
@@ -78,10 +81,12 @@ class SquaredGradients:
 
     # Forward
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook: remember the input, and await the gradient of the output."""
-        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.numel():
-            return None  # a probe, or an output layer that is passed over (nn.heads)
+        if self._ruling or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.numel():
+            return None  # a rule at work, a probe, or an output layer that is passed over (nn.heads)
+        if type(module) not in RULES and (len(args) > 1 or kwargs):
+            return None  # differentiated by itself it would miss them
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None or not self._is_by_example(module, x) or len(x) != len(output):
             return None
@@ -114,7 +119,10 @@ class SquaredGradients:
         if wanted:
             dtype = self._sums[next(iter(wanted.values()))].dtype
             x = x.to(dtype) if x.is_floating_point() else x
-            RULES.get(type(module), SquaredGradients._other)(self, module, wanted, x, g.to(dtype))
+            self._ruling = True
+            with torch.autocast(x.device.type, enabled=False):  # sums are fp32, and so are products of gradients
+                RULES.get(type(module), SquaredGradients._other)(self, module, wanted, x, g.to(dtype))
+            self._ruling = False
 
     def _linear(self, module: nn.Module, wanted: dict[str, str], x: Tensor, g: Tensor) -> None:
         if "bias" in wanted:
@@ -165,7 +173,8 @@ class SquaredGradients:
             (found,) = torch.func.vjp(run, own)[1](g)
             return found
 
-        with torch.enable_grad(), _unhooked(module):
+        autocast = torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None)
+        with torch.enable_grad(), autocast:  # as the forward pass ran
             found = torch.func.vmap(gradients)(x, g.to(module(x[:1]).dtype))
         for part, name in wanted.items():
             self._sums[name] += found[part].to(self._sums[name].dtype).square().sum(0)
@@ -261,13 +270,3 @@ def _pieces(
         for part, piece in update.pieces().items():
             names = [wanted.get(f"adapters.{adapter}.lora_{side}.{part}") for side in "AB"]
             yield update.lora_A[part], update.lora_B[part], weight * update.scaling, piece.rows, (names[0], names[1])
-
-
-@contextmanager
-def _unhooked(module: nn.Module) -> Iterator[None]:
-    """The module as it is without its forward hooks."""
-    hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
-    try:
-        yield
-    finally:
-        module._forward_hooks = hooks

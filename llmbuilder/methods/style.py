@@ -1,8 +1,12 @@
 """Keep facts: the feed-forward layers, where they are stored (arXiv 2012.14913, 2202.05262), stay as they are."""
 
+from typing import cast
+
 from torch import nn
 
 from ..models.names import resolve
+from ..nn.lora import TrainedCopy
+from ..nn.tree import named_wrappers
 from .base import Run
 
 
@@ -18,10 +22,16 @@ class FactualKnowledge:
     name = "factual knowledge"
 
     def prepare(self, run: Run) -> None:
-        layers = {id(target.module) for target in resolve(run.model, "mlp")}
+        targets = resolve(run.model, "mlp")
+        layers = {id(target.module) for target in targets}
         for module in run.model.modules():
             if id(_inner(module)) in layers:
                 module.requires_grad_(False)
+        for path, wrapper in named_wrappers(run.model):  # modules_to_save: of them an adapter has a copy
+            for target in targets if isinstance(wrapper, TrainedCopy) else ():
+                if f"{target.path}.".startswith(f"{path}."):
+                    for copied in cast(nn.ModuleDict, wrapper.copies).values():
+                        copied.get_submodule(target.path[len(path) + 1 :]).requires_grad_(False)
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -5,8 +5,9 @@ from typing import Protocol
 
 from torch import nn
 
+from ..errors import ConfigError
 from ..models.vocabulary import add_tokens
-from ..nn import LoRAConfig
+from ..nn import LoRAConfig, list_adapters
 
 
 class Adapted(Protocol):
@@ -36,7 +37,17 @@ class SpecialTokens:
 
 
 def extend_vocabulary(model: nn.Module, tokens: Sequence[str], adapted: Adapted | None) -> None:
-    """Add tokens to the model, and have the adapter train their rows."""
+    """Add tokens to the model, and have the adapter train their rows.
+
+    Raises ConfigError for an adapter that is there already, and has no rows for tokens that are new.
+    """
+    known = model.tokenizer.get_vocab() if hasattr(model, "tokenizer") else {}  # type: ignore[operator,union-attr]
+    missing = [token for token in tokens if token not in known]
+    if missing and adapted is not None and list_adapters(model):
+        raise ConfigError(
+            f"the earlier run's adapter has no rows for the new tokens {', '.join(missing)}: name them "
+            "in the first run, or merge the adapter into the model and start a new one"
+        )
     new = add_tokens(model, tokens)
     if adapted is not None:
         rows = [*adapted.config.trainable_token_indices, *new]

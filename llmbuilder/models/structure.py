@@ -9,12 +9,16 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The transformer blocks with their names, bottom to top.
 
     They are the longest ``nn.ModuleList`` that lies in no other list (a list inside a block, such as the experts of a
-    mixture, may be longer than the stack of blocks).
+    mixture, may be longer than the stack of blocks) and in no wrapper of a layer (the heads of tasks).
 
     Returns:
         ``[(name, module), ...]``, empty when the model has no list of modules.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    wrappers = [name for name, module in model.named_modules() if getattr(type(module), "wraps_base", False)]
+    for wrapper in wrappers:
+        own = f"{wrapper}.base."
+        lists = {n: found for n, found in lists.items() if n.startswith(own) or not n.startswith(f"{wrapper}.")}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     if not outer:
         return []

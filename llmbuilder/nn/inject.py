@@ -15,6 +15,8 @@ from .state import AdapterState, TrainedBiases, check_unmerged
 from .tokens import TokenRows, TrainedRows
 from .tree import Wrapper, find_state, places, shares_of, wrappers
 
+LONGEST_NAME = 200  # bytes; file systems take 255
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,7 +46,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
         LLMBuilderError: the name is taken or unusable, or adapters are merged. The model is then as it was.
     """
     config = config or LoRAConfig()
-    copied = _modules_to_save(model, config.modules_to_save)
+    copied = modules_to_save(model, config.modules_to_save)
     targets = resolve(model, config.target_modules, exclude=list(copied))
     plans = [Plan(t.path, t.module, _pieces(model, t, config.rank), config.scaling) for t in targets]
     attach(model, name, config, plans, copied)
@@ -150,7 +152,7 @@ def _pieces(model: nn.Module, target: Target, rank: int) -> dict[str, Piece]:
     return {part: Piece(rank, rows[part]) for part in target.parts}
 
 
-def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """Path and module of each module whose path ends with one of the names; a shared one once."""
     layers = dict(named_layers(model))
     found: dict[int, tuple[str, nn.Module]] = {}
@@ -188,6 +190,11 @@ def _check_name(state: AdapterState, name: str) -> None:
     # Adapters live in nn.ModuleDicts, whose keys become attributes.
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise LLMBuilderError(f"'{name}' can't be the name of an adapter: use a plain word without dots")
+    # They are also the names of folders.
+    if any(sign in name for sign in "/\\\0") or len(name.encode()) > LONGEST_NAME:
+        raise LLMBuilderError(
+            f"'{name[:40]}' can't be the name of an adapter: use a word without slashes, {LONGEST_NAME} bytes at most"
+        )
 
 
 def _trained_biases(

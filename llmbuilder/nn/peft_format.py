@@ -89,6 +89,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
             temporary.mkdir()
         metadata = {"format": "pt"} | ({PARTS: json.dumps(parts)} if parts else {})
         save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+        _sort_header(temporary / WEIGHTS)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tokenizer: Any = getattr(model, "tokenizer", None)
         if config["trainable_token_indices"] and tokenizer is not None:
@@ -318,6 +319,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), int | float) or not config[key] > 0:
             raise LLMBuilderError(f"{path}: {key} should be a positive number, and is {config.get(key)!r}")
     return config
+
+
+def _sort_header(path: Path) -> None:
+    """Equal adapters are equal files: safetensors writes the metadata in any order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
 
 
 def _token_indices(config: Mapping[str, Any], folder: Path) -> list[int]:

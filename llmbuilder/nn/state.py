@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import LLMBuilderError, nearest
@@ -22,6 +23,7 @@ class TrainedBiases:
         if on != self.on:
             for i, parameter in enumerate(self.parameters):
                 parameter.data, self.others[i] = self.others[i].to(parameter), parameter.data
+            torch.clear_autocast_cache()  # it knows a parameter by its object, and would go on with the other values
             self.on = on
 
 

@@ -244,3 +244,41 @@ def test_end_task_before_training_makes_a_past_of_what_the_model_knows(
     later = FineTuner(known.model, make_examples(8), make_examples(2), config, continue_from=known)
     assert sum(source == "replay" for keys in later._plan(0) for source, _ in keys) == 3
     assert any(value.any() for name, value in later._past.methods["ewc"].items() if name.startswith("fisher/"))
+
+
+def test_a_task_that_was_made_of_known_data_is_not_trained_on(
+    make_gpt: Make, make_examples: Make, make_config: Make
+) -> None:
+    known = FineTuner(
+        make_gpt(), make_examples(9), make_examples(2), make_config(**KEPT), general_dataset=make_examples(3)
+    )
+    known.end_task("before")
+    with pytest.raises(LLMBuilderError, match="train with a new one"):
+        known.train()
+
+
+def test_what_a_method_knows_outlives_a_task_without_it(make_gpt: Make, make_examples: Make, make_config: Make) -> None:
+    """EWC and replay, then neither, then both again: the third run has what the first one left."""
+    model, general = make_gpt(), make_examples(3, seed=20)
+    first = FineTuner(model, make_examples(9), make_examples(2), make_config(**KEPT), general_dataset=general)
+    first.train()
+    second = FineTuner(model, make_examples(8), make_examples(2), make_config(), continue_from=first)
+    second.train()
+    assert same_past(Past(methods=second._past.methods), Past(methods=first._past.methods))
+    third = FineTuner(
+        model, make_examples(7), make_examples(2), make_config(**KEPT), general_dataset=general, continue_from=second
+    )
+    third.train()
+    assert third._past.methods["replay"]["offered"] == 16 and len(third._past.tasks) == 3
+
+
+def test_a_bf16_model_goes_on_with_the_bits_that_were_trained_in_fp32(
+    make_gpt: Make, make_examples: Make, make_config: Make, tmp_path: Path
+) -> None:
+    data = make_examples(8), make_examples(2)
+    first = FineTuner(make_gpt().bfloat16(), *data, make_config(output_dir=tmp_path / "a", learning_rate=1e-4))
+    first.train()
+    second = FineTuner(make_gpt().bfloat16(), *data, make_config(), continue_from=tmp_path / "a")
+    trained = dict(first.model.named_parameters())
+    assert all(torch.equal(weight, trained[name]) for name, weight in second.model.named_parameters())
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in trained.values())

@@ -157,3 +157,41 @@ def test_fisher_batches_hold_no_more_than_is_good(lengths: list[int], vocabulary
     found = list(batches_of(examples, 3, vocabulary))
     assert [len(part) for part in found] == rows
     assert [example for part in found for example in part] == examples
+
+
+def test_anchors_stay_where_the_weights_were() -> None:
+    """Also in fp64, which nothing is rounded to: θ moves by 1, λ/2 Σ F 1² with F = 1 and three weights."""
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    past = Quadratic()
+    past.fold({"w": torch.ones(3, dtype=torch.float64)}, {"w": weight})
+    with torch.no_grad():
+        weight += 1
+    assert past.add_penalty_({"w": weight}, 1.0) == pytest.approx(1.5, rel=1e-12)
+
+
+def test_rows_that_a_table_got_since_are_free_and_other_shapes_are_refused() -> None:
+    """F [2,3] around 0, in a table that has three rows now: the third counts nothing and gets no gradient."""
+    fisher, old = torch.rand(2, 3), torch.randn(2, 3)
+    state = {"constant": 0.0, "fisher/weight": fisher, "anchor/weight": torch.zeros(2, 3)}
+    table = nn.Embedding(3, 3)
+    with torch.no_grad():
+        table.weight[:2] = old
+    method = EWC(2.0)
+    method.load_state(state)
+    method.prepare(Run(table))
+    table.weight.grad = torch.zeros(3, 3)
+    assert method.penalty() == pytest.approx(float((fisher * old**2).sum()), rel=1e-5)
+    assert torch.allclose(table.weight.grad[:2], 2 * fisher * old, rtol=1e-5) and not table.weight.grad[2].any()
+    for other in (nn.Embedding(1, 3), nn.Embedding(2, 4)):
+        with pytest.raises(ConfigError, match=r"knows .weight. as"):
+            method.prepare(Run(other))
+
+
+def test_ewc_holds_weights_in_bf16_runs_as_in_fp32(make_gpt: Any, make_rows: Any, tune: Any) -> None:
+    """The penalty of the same runs, but for bf16's rounding of what it is made of."""
+    extra = {}
+    for dtype in ("fp32", "bf16"):
+        settings = {"continual_learning": True, "regularization_strength": 100.0, "dtype": dtype}
+        tuner = tune(make_gpt(), make_rows(16), general_dataset=make_rows(8, 1), **settings)
+        extra[dtype] = tuner.results.history[-1]["extra_loss"]
+    assert extra["fp32"] > 0 and extra["bf16"] == pytest.approx(extra["fp32"], rel=0.2)

@@ -301,3 +301,69 @@ def test_fisher_of_data_without_targets_is_zero() -> None:
         model, dict(model.named_parameters()), [batch], language_scores(model), head=model.get_output_embeddings()
     )
     assert all(not value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["whole layers", "rows of layers"])
+@pytest.mark.parametrize("name", ["native", "Llama, tied", "native, LoRA"])
+def test_fisher_under_autocast_is_that_of_fp32_but_for_its_rounding(
+    name: str, rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near to the fp32 result as one backward pass an example is under autocast, at its worst parameter."""
+    if rows:
+        monkeypatch.setattr(per_example, "EXAMPLES", 1)
+        monkeypatch.setattr(per_example, "ROWS", 40)
+    model = MODELS[name]().eval()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    batch = make_batch(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = diagonal_fisher(
+            model, params, [batch], language_scores(model), empirical=True, head=model.get_output_embeddings()
+        )
+        singly = one_by_one(model, params, batch)
+    exact = one_by_one(model, params, batch)
+
+    def error(of: str, by: dict[str, Tensor]) -> float:
+        return float((by[of] - exact[of]).abs().sum() / exact[of].sum())
+
+    rounding = max(error(of, singly) for of in params)
+    assert 0 < rounding < 0.3
+    for of in params:
+        assert found[of].dtype == torch.float32
+        assert error(of, found) <= 2 * rounding, of
+
+
+class Mixed(nn.Module):
+    """Parts that have a weight and a layer of their own, one of them with a second argument; and a layer that reads
+    what is no example."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.layer = nn.Parameter(torch.randn(5)), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+            return self.layer(x * self.scale + shift)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.bank = self.Inner(), self.Inner(), nn.Linear(5, 5)
+        self.register_buffer("constant", torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.second(x, 2 * x) + self.bank(self.constant).sum(0)
+
+
+@pytest.mark.parametrize("size", [3, 4])  # the last batch is of one example; the constant is as long as a batch
+def test_fisher_is_right_where_modules_hold_others_or_read_no_examples(size: int) -> None:
+    model = Mixed().double()
+    params = dict(model.named_parameters())
+    x, labels = torch.randn(7, 5, dtype=torch.float64), torch.randint(5, (7,))
+    batches = [{"x": x[i : i + size], "labels": labels[i : i + size]} for i in range(0, 7, size)]
+    found = diagonal_fisher(model, params, batches, classifier_scores(model), empirical=True)
+    for name, param in params.items():
+        squares = [
+            torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]), param)[0] ** 2
+            for i in range(7)
+        ]
+        assert torch.allclose(found[name], torch.stack(squares).mean(0), rtol=1e-9, atol=1e-15), name

@@ -1,13 +1,17 @@
 """LoRA as a method: an adapter is added, trains alone, and is what is written."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from llmbuilder.errors import ConfigError
 from llmbuilder.methods import LoRA, Run
 from llmbuilder.models import GPT, GPTConfig
-from llmbuilder.nn import LoRAConfig, load_adapter
+from llmbuilder.nn import LoRAConfig, add_lora, load_adapter
+from llmbuilder.nn.lora import Update
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -41,3 +45,36 @@ def test_what_was_trained_is_written_and_loads_again(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(fresh.eval()(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
         assert not torch.allclose(gpt()(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"rank": 4},
+        {"alpha": 5.0},
+        {"target_modules": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["norm"]},
+        {"trainable_token_indices": [3]},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_there_must_be_what_is_asked_for(unlike: dict[str, Any]) -> None:
+    """In all but its dropout, which is set."""
+    had = {"rank": 2, "target_modules": ["attention.query"]}
+    model = gpt()
+    LoRA(LoRAConfig(**had)).prepare(Run(model))
+    with pytest.raises(ConfigError, match="the earlier run's adapter has"):
+        LoRA(LoRAConfig(**had | unlike)).prepare(Run(model, continues=True))
+    LoRA(LoRAConfig(**had, dropout=0.25)).prepare(Run(model, continues=True))
+    assert {module.p for module in model.modules() if isinstance(module, Update)} == {0.25}
+    assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_one_adapter_is_gone_on_with_and_not_one_of_several() -> None:
+    model = gpt()
+    config = LoRAConfig(rank=2)
+    for name in ("qa", "text"):
+        add_lora(model, config, name)
+    with pytest.raises(ConfigError, match="qa, text, and this run trains one"):
+        LoRA(config).prepare(Run(model, continues=True))

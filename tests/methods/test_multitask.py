@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from llmbuilder.data import MultiTaskDataset, collate
 from llmbuilder.errors import ConfigError, LLMBuilderError
 from llmbuilder.finetune import FineTuner, FineTuningConfig
-from llmbuilder.methods import Batch, Full, MultiTask, Run
+from llmbuilder.methods import Batch, Full, LoRA, MultiTask, Run, TaskAdapters
 from llmbuilder.models import load_model
-from llmbuilder.nn import load_adapter, load_heads, use_head
+from llmbuilder.nn import LoRAConfig, load_adapter, load_heads, use_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:no validation data")
 TASKS = ("qa", "text")
@@ -230,3 +230,42 @@ def test_data_and_weights_must_name_the_same_tasks(make_gpt: Any, make_rows: Any
     config = FineTuningConfig(multi_task=True, task_weights={"qu": 1.0})
     with pytest.raises(ConfigError, match="no task is called 'qu'; did you mean 'qa'"):
         FineTuner(make_gpt(), make_tasks(), config=config)
+
+
+def test_an_adapter_a_task_goes_on_with_those_there_are(make_gpt: Any, make_rows: Any, make_tasks: Any) -> None:
+    """A new task gets one beside them; what is none of this run's stays as it is, and is kept."""
+    config = LoRAConfig(rank=2)
+    model = make_gpt()
+    TaskAdapters(config).prepare(Run(model, sources={"train": make_tasks()}))
+    data = MultiTaskDataset([("qa", make_rows(4), 0.5), ("new", make_rows(4), 0.5)])
+    again = LoRAConfig(rank=2, dropout=0.25)
+    TaskAdapters(again).prepare(Run(model, sources={"train": data}, continues=True))
+    owners = {
+        name.split(".adapters.")[1].split(".")[0]: w for name, w in model.named_parameters() if ".adapters." in name
+    }
+    assert {name: weight.requires_grad for name, weight in owners.items()} == {"qa": True, "text": False, "new": True}
+    assert {update.p for name, update in model.named_modules() if name.endswith(".adapters.qa")} == {0.25}
+    with pytest.raises(ConfigError, match="rank 2 and alpha 4"):
+        TaskAdapters(LoRAConfig(rank=3)).prepare(Run(model, sources={"train": data}, continues=True))
+
+    alone = make_gpt()
+    LoRA(config).prepare(Run(alone))
+    with pytest.raises(ConfigError, match="the adapter default, which is of none of the tasks qa, text"):
+        TaskAdapters(config).prepare(Run(alone, sources={"train": make_tasks()}, continues=True))
+
+
+@pytest.mark.parametrize("name", ["a/b", "..\\up", "x" * 300])
+def test_a_task_whose_name_is_no_folder_gets_no_adapter(make_gpt: Any, make_rows: Any, name: str) -> None:
+    data = MultiTaskDataset([("qa", make_rows(4), 0.5), (name, make_rows(4), 0.5)])
+    with pytest.raises(LLMBuilderError, match="can't be the name of an adapter"):
+        FineTuner(make_gpt(), data, config=FineTuningConfig(multi_task=True, shared_encoder=False))
+
+
+def test_unfreezing_counts_blocks_and_not_the_heads_of_tasks(make_gpt: Any, make_rows: Any) -> None:
+    data = MultiTaskDataset([(name, make_rows(4), 1.0) for name in ("a", "b", "c")])
+    settings = {"multi_task": True, "task_specific_heads": True, "unfreeze_schedule": [(0, 1)]}
+    tuner = FineTuner(make_gpt(), data, config=FineTuningConfig(progressive_unfreezing=True, **settings))
+    tuner.methods.start_epoch(0)
+    names = {name for name, weight in tuner.model.named_parameters() if weight.requires_grad}
+    assert not any(name.startswith("blocks.0.") for name in names)
+    assert all(any(name.startswith(part) for name in names) for part in ("blocks.1.", "head.heads.0", "head.heads.2"))

@@ -60,6 +60,19 @@ def test_preserve_factual_knowledge_keeps_feed_forward_layers_bit_identical(
     assert others and all(not torch.equal(after[n], before.get(n, torch.zeros_like(after[n]))) for n in others)
 
 
+@pytest.mark.parametrize("whole", [["mlp"], ["mlp.up", "norm"]], ids=str)
+def test_facts_are_kept_in_copies_that_an_adapter_has_of_modules(
+    make_gpt: Any, make_rows: Any, tune: Any, whole: list[str]
+) -> None:
+    model = make_gpt()
+    x = torch.randn(3, 16)
+    before = [block.mlp(x) for block in model.blocks]
+    config = {"modules_to_save": whole, "target_modules": "attention"}
+    tuner = tune(model, make_rows(12), preserve_factual_knowledge=True, use_lora=True, lora_config=config)
+    assert all(torch.equal(block.mlp(x), y) for block, y in zip(tuner.model.blocks, before, strict=True))
+    assert any("norm" in name for name in trained(model)) == ("norm" in whole)
+
+
 @pytest.mark.parametrize(
     ("model", "facts"),
     [
@@ -106,6 +119,8 @@ def test_together_the_one_is_said_to_imply_the_other(make_gpt: Any, make_rows: A
     [
         ({"style_adaptation": True, "use_lora": False}, "use_lora=False forbids"),
         ({"style_adaptation": True, "target_modules": "all"}, "trains attention only, and target_modules='all'"),
+        ({"style_adaptation": True, "lora_config": {"modules_to_save": ["mlp"]}}, "modules_to_save would train more"),
+        ({"style_adaptation": True, "lora_config": {"bias": "all"}}, "bias would train more"),
         ({"preserve_factual_knowledge": True, "target_modules": ["mlp"]}, "leaves .* nothing to train"),
     ],
 )

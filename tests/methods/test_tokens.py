@@ -20,7 +20,7 @@ from transformers import (
 
 from llmbuilder.data import TextDataset
 from llmbuilder.errors import ConfigError, LLMBuilderError
-from llmbuilder.finetune import FineTuningConfig
+from llmbuilder.finetune import FineTuner, FineTuningConfig
 from llmbuilder.models import byte_tokenizer, load_model
 from llmbuilder.nn import load_adapter
 
@@ -136,6 +136,31 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(
     assert stored["trainable_token_indices"] == [258, 259]
 
 
+def test_new_tokens_for_an_adapter_that_is_there_are_refused_before_anything_changes(
+    make_gpt: Any, tune: Any, text: Any
+) -> None:
+    first = tune(make_gpt(text=True), text(), use_lora=True)
+    size = len(first.model.tokenizer)
+    with pytest.raises(ConfigError, match="no rows for the new tokens <a>"):
+        tune(first.model, text(), use_lora=True, special_tokens=["<a>"], continue_from=first)
+    assert len(first.model.tokenizer) == size
+
+
+@pytest.mark.parametrize("through", ["folder", "process"])
+def test_the_next_task_of_a_full_run_keeps_the_tokens_and_may_add_more(
+    make_gpt: Any, tune: Any, text: Any, tmp_path: Path, through: str
+) -> None:
+    """With EWC, which knows nothing of the rows that are new."""
+    settings = {"use_lora": False, "continual_learning": True, "regularization_strength": 1.0, "max_steps": 2}
+    first = tune(make_gpt(text=True), text(), **settings, special_tokens=["<a>"], output_dir=tmp_path / "a")
+    row = first.model.get_input_embeddings().weight[258].clone()
+    model, source = (make_gpt(text=True), tmp_path / "a") if through == "folder" else (first.model, first)
+    second = FineTuner(model, text(), config=FineTuningConfig(**settings, special_tokens=["<b>"]), continue_from=source)
+    assert second.model.tokenizer.convert_tokens_to_ids(["<a>", "<b>"]) == [258, 259]
+    assert torch.equal(second.model.get_input_embeddings().weight[258], row)
+    assert second.train().history[-1]["extra_loss"] > 0
+
+
 def test_a_model_without_a_tokenizer_gets_no_tokens(make_gpt: Any, make_rows: Any, tune: Any) -> None:
     with pytest.raises(LLMBuilderError, match="the model has none"):
         tune(make_gpt(), make_rows(4), special_tokens=TOKENS)
@@ -148,6 +173,10 @@ def test_a_model_without_a_tokenizer_gets_no_tokens(make_gpt: Any, make_rows: An
         ({"special_tokens": ["<a>", "<a>"]}, "each once"),
         ({"special_tokens": ["<a>", ""]}, "none of them empty"),
         ({"special_tokens": ["<a>"], "freeze_embeddings": True}, "freeze_embeddings keeps them from learning"),
+        (
+            {"lora_config": {"trainable_token_indices": [3]}, "freeze_embeddings": True},
+            "rows of the embeddings, and freeze",
+        ),
         ({"special_tokens": ["<a>"], "target_modules": ["attention", "embeddings"]}, "leave 'embeddings' out"),
     ],
 )

@@ -232,3 +232,20 @@ def test_training_what_is_not_active_is_refused(model: nn.Module) -> None:
     with pytest.raises(LLMBuilderError, match="names adapters that are not active"):
         activate_adapters(model, "first", train=["second"])
     assert active_adapters(model) == {"second": 1.0}
+
+
+def test_switched_off_the_model_is_its_base_inside_one_autocast_context(make: Make) -> None:
+    """Autocast remembers what it cast, and biases that an adapter trains are exchanged in place."""
+    model, base = make("gpt2").eval(), make("gpt2").eval()
+    add_lora(model, LoRAConfig(rank=2, bias="all"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, tuned = base(ids).logits, model(ids).logits
+        with adapters_disabled(model):
+            assert torch.equal(model(ids).logits, wanted)
+        assert torch.equal(model(ids).logits, tuned)
+    assert not torch.allclose(tuned, wanted)

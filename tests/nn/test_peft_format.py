@@ -338,3 +338,16 @@ def test_loaded_weights_live_in_storage_of_their_own(saved: Path, make: Make) ->
     for parameter in layer.adapters.parameters():
         assert parameter.data_ptr() % 64 == 0
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def test_equal_adapters_are_equal_files(make: Make, tmp_path: Path) -> None:
+    """GPT-2's file has two entries of metadata, whose order safetensors leaves to chance."""
+    model = make("gpt2")
+    add_lora(model, LoRAConfig(rank=2))
+    files = set()
+    for turn in range(8):
+        save_adapter(model, tmp_path / str(turn))
+        files.add((tmp_path / str(turn) / "adapter_model.safetensors").read_bytes())
+    assert len(files) == 1
+    with safe_open(tmp_path / "0" / "adapter_model.safetensors", "pt") as file:
+        assert list(file.metadata()) and file.metadata()["format"] == "pt"
