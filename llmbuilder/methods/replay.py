@@ -23,7 +23,8 @@ class Replay:
     other examples once; to keep the share exact it may leave out its last example, or begin it again.
 
     Args:
-        size: most examples to keep. Where an earlier run kept more, a uniform sample of them stays.
+        size: most examples to keep. Where an earlier run kept more, a uniform sample of them stays; where it kept
+            fewer, the places that are new go to the first examples of the task, and the sample is not uniform.
         frequency: ρ, in (0, 1).
     """
 
