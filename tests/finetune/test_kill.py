@@ -104,7 +104,7 @@ def whole(home: Path, processes: crashing.Processes) -> Callable[[str], dict[str
         found = contents(home / case)
         assert len(found["first/metrics.jsonl"]) == len(found["second/metrics.jsonl"]) == STEPS
         past = found["second/past/methods.safetensors"]
-        assert {name.split("/")[1] for name in past} == (set() if settings else {"fisher", "anchor"})
+        assert {name.split("/")[1] for name in past} == (set() if settings else {"fisher", "anchor", "ids", "bounds"})
         assert all(value.any() for value in past.values())
         return found
 
