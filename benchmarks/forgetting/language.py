@@ -100,11 +100,11 @@ SCALES = {
         train=64,
         held_out=60,
         epochs=1,
-        batch_size=8,
+        batch_size=4,
         general_tokens=4096,
         settings={
-            "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 2e-4},
-            "full": {"use_lora": False, "learning_rate": 2e-5},
+            "lora": {"use_lora": True, "lora_rank": 16, "target_modules": "all", "learning_rate": 1e-3},
+            "full": {"use_lora": False, "learning_rate": 1e-4},
         },
     ),
 }
