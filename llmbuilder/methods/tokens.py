@@ -1,7 +1,7 @@
 """New special tokens: in the tokenizer, and with rows of their own in the embedding and the output layer."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -41,7 +41,8 @@ def extend_vocabulary(model: nn.Module, tokens: Sequence[str], adapted: Adapted 
 
     Raises ConfigError for an adapter that is there already, and has no rows for tokens that are new.
     """
-    known = model.tokenizer.get_vocab() if hasattr(model, "tokenizer") else {}  # type: ignore[operator,union-attr]
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    known = {} if tokenizer is None else tokenizer.get_vocab()  # without one, add_tokens says so
     missing = [token for token in tokens if token not in known]
     if missing and adapted is not None and list_adapters(model):
         raise ConfigError(
