@@ -27,7 +27,7 @@ TOKENS = 16384
 """Targets that a task's Fisher information is estimated from, where the task has so many."""
 BATCH_LOGITS, BATCH_TOKENS = 2**24, 2048
 """Most logits of a batch of them (64 MiB in fp32), and most tokens: with long examples more at once are slower."""
-PROBE = (32, 24)
+PROBE = (16, 12)
 """Tokens of the two examples that the batched way is tried on."""
 
 

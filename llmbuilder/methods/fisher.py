@@ -77,9 +77,9 @@ def diagonal_fisher(
     """
     sums = {name: _zeros(param) for name, param in params.items()}
     generator = torch.Generator(next(iter(params.values())).device).manual_seed(seed)
+    squares = SquaredGradients(model, params, head)
     tokens, singly = 0, None
     for batch in batches:
-        squares = SquaredGradients(model, params, head)
         if singly is None:
             singly = _disagreeing(squares, probe or _part(batch, 0, 2), score)
         labels, missed = _add_batch(squares, sums, batch, score, None if empirical else generator, singly)
@@ -149,9 +149,8 @@ def _add_singly(squares: SquaredGradients, sums: Tensors, batch: Tensors, score:
                 continue
             _, descent = _descent(logits, given, None)
             found = torch.autograd.grad(logits, params, descent, allow_unused=True)
-        for total, gradient in zip(sums.values(), found, strict=True):
-            if gradient is not None:
-                ewc_accumulate_([total], [gradient.to(total.dtype).contiguous()])
+        used = [(total, grad) for total, grad in zip(sums.values(), found, strict=True) if grad is not None]
+        ewc_accumulate_([total for total, _ in used], [grad.to(total.dtype).contiguous() for total, grad in used])
 
 
 def _disagreeing(squares: SquaredGradients, batch: Tensors, score: Score) -> set[str]:

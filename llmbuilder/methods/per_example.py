@@ -36,7 +36,14 @@ class SquaredGradients:
     def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], head: nn.Module | None) -> None:
         self.model, self.params = model, params
         self._head = None if head is None else {id(part) for part in head.modules()}
-        self._names = {id(param): name for name, param in params.items()}
+        names = {id(param): name for name, param in params.items()}
+        wrapped = {id(m.base) for m in model.modules() if isinstance(m, LoRALinear | LoRAEmbedding)}
+        users = {
+            module: {part: names[id(param)] for part, param in own_parameters(module).items() if id(param) in names}
+            for module in model.modules()
+            if id(module) not in wrapped  # an adapted layer stands for the one inside it
+        }
+        self._wanted = {module: wanted for module, wanted in users.items() if wanted}
 
     @contextmanager
     def watching(self, size: int) -> Iterator[None]:
@@ -50,7 +57,7 @@ class SquaredGradients:
         device = next(iter(self.params.values())).device.type
         self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         frozen = [param for param in self.model.parameters() if param.requires_grad]
-        hooks = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._users()]
+        hooks = [module.register_forward_hook(self._see, with_kwargs=True) for module in self._wanted]
         for param in frozen:
             param.requires_grad_(False)
         try:
@@ -74,11 +81,6 @@ class SquaredGradients:
         uses, lookups = self._uses, self._lookups
         return {name for name in self.params if (uses[name], lookups[name]) not in ((1, 0), (0, 1), (1, 1))}
 
-    def _users(self) -> list[nn.Module]:
-        """The modules that use a wanted parameter; an adapted layer stands for the one inside it."""
-        wrapped = {id(m.base) for m in self.model.modules() if isinstance(m, LoRALinear | LoRAEmbedding)}
-        return [module for module in self.model.modules() if id(module) not in wrapped and self._named(module)]
-
     # Forward
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -92,7 +94,7 @@ class SquaredGradients:
             return None
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        wanted = self._named(module)
+        wanted = self._wanted[module]
         (self._uses if x.is_floating_point() else self._lookups).update(wanted.values())
         if type(module) is nn.Embedding:
             self._ids |= dict.fromkeys(wanted.values(), x)
@@ -104,12 +106,6 @@ class SquaredGradients:
         if self._head is not None and id(module) not in self._head:
             return len(x) == self._size and x.dim() >= (3 if x.is_floating_point() else 2)
         return x.dim() == 2 or len(x) == self._size
-
-    def _named(self, module: nn.Module) -> dict[str, str]:
-        """The module's own wanted parameters: what it calls them, and what ``params`` does."""
-        return {
-            part: self._names[id(param)] for part, param in own_parameters(module).items() if id(param) in self._names
-        }
 
     # Backward
 
