@@ -96,7 +96,7 @@ def cpu_name() -> str:
 
 def write(name: str, rows: Iterable[dict[str, object]]) -> pathlib.Path:
     """Replace this malloc mode's rows in results/<name>.csv, keep the other mode's; print the new ones."""
-    rows = [{**row, **machine()} for row in rows]
+    rows = [{**row, **(machine() | row)} for row in rows]  # those that were measured before keep where and when
     path = RESULTS / f"{name}.csv"
     kept = [row for row in read(name) if row["malloc"] != malloc_mode()]
     RESULTS.mkdir(exist_ok=True)

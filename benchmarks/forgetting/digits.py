@@ -7,6 +7,7 @@ objects, in a plain loop that calls their hooks.
 
 import itertools
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ GRID = {
     "l2": [{"strength": s} for s in (0.003, 0.01, 0.03)],
     "replay": [{"size": 500, "frequency": f} for f in (0.25, 0.5)],
 }
+
+
+def grid(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The settings that a search tries, by method."""
+    return GRID
 
 
 def make(name: str, settings: dict) -> list:

@@ -64,6 +64,8 @@ GRID: dict[str, list[dict[str, Any]]] = {
     ],
     "kl": [{"preserve_general_knowledge": True, "domain_weight": weight} for weight in (0.95, 0.9)],
 }
+# With so few examples a task, such shares are three and seven general texts.
+GRID_KL = {"smollm2": [{"preserve_general_knowledge": True, "domain_weight": weight} for weight in (0.9, 0.75, 0.5)]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,11 @@ PANELS = {
     "last": "loss of the docstrings (nats a token)",
     "drift": "drift on unrelated prompts (nats a token)",
 }
+
+
+def grid(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The settings that a search tries, by method."""
+    return GRID | {"kl": GRID_KL.get(name, GRID["kl"])}
 
 
 def is_matched(last: float, plain: float) -> bool:

@@ -2,6 +2,7 @@
 
     python benchmarks/forgetting/run.py [digits] [native] [smollm2]     default: digits and native
     python benchmarks/forgetting/run.py --search NAME                   choose the settings anew
+    python benchmarks/forgetting/run.py --only METHOD … -- NAME         of these alone; the others stay as they are
     python benchmarks/forgetting/run.py --small NAME                    a quick look whether it runs
 
 Five seeds (SmolLM2: one), mean and standard deviation into results/forgetting-NAME.csv, and a picture beside it. The
@@ -24,12 +25,12 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from harness import RESULTS, write  # noqa: E402
+from harness import RESULTS, read, write  # noqa: E402
 
 SETTINGS = HERE / "settings.json"
 SEEDS = {"digits": 5, "native": 5, "smollm2": 1}
 SEARCH_SEEDS = {"digits": (1000, 1001, 1002), "native": (1000,), "smollm2": (1000,)}
-# SmolLM2 takes over what was found for the native model, unless a search of its own, hours long, was run.
+# SmolLM2 takes over what was found for the native model where no search of its own, hours long, was run.
 TAKES_OVER = {"smollm2": "native"}
 # What a method is for: the measure that it is chosen by, and whether that should be high.
 AIMS = {"kl": ("drift", False)}
@@ -42,32 +43,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="forgetting", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*SEEDS, []], metavar="name")
     parser.add_argument("--search", action="store_true", help="choose the settings, on seeds of their own")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="search or report these methods alone")
     parser.add_argument("--small", action="store_true", help="hardly any data, one seed; nothing is written")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes, a thread each")
     args = parser.parse_args()
     for name in args.names or ("digits", "native"):
         start = time.perf_counter()
-        (search if args.search else report)(name, args.workers, args.small)
+        (search if args.search else report)(name, args.workers, args.small, args.only)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def report(name: str, workers: int, small: bool) -> None:
+def report(name: str, workers: int, small: bool, only: list[str]) -> None:
     """Every method with its settings, over the seeds."""
-    found_for = json.loads(SETTINGS.read_text())
-    chosen = found_for.get(name, found_for.get(TAKES_OVER.get(name, name)))
-    if chosen is None:
-        raise SystemExit(f"no settings are chosen for {name} yet: run.py --search {name}")
+    chosen = settings_of(name)
     seeds = range(1 if small else SEEDS[name])
     jobs = [
         (name, kind, method, chosen.get(kind, {}).get(method, {}), seed, small)
         for kind in kinds(name)
-        for method in methods(name)
+        for method in only or methods(name)
         for seed in seeds
     ]
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for job, measures in run_all(jobs, workers):
         found.setdefault((job[1], job[2]), []).append(measures)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "kind": kind,
             "method": method,
@@ -75,20 +74,32 @@ def report(name: str, workers: int, small: bool) -> None:
             "seeds": len(seeds),
         }
         | {column: value for measure in measured[0] for column, value in mean_and_deviation(measure, measured)}
-        for (kind, method), measured in sorted(found.items(), key=lambda item: order(name, item[0]))
+        for (kind, method), measured in found.items()
     ]
     if small:
         return
+    rows += [row for row in read(f"forgetting-{name}") if only and row["method"] not in only]
+    rows.sort(key=lambda row: order(name, (row["kind"], row["method"])))
     write(f"forgetting-{name}", rows)
     draw(name, rows)
 
 
-def search(name: str, workers: int, small: bool) -> None:
+def settings_of(name: str) -> dict[str, dict[str, Any]]:
+    """The chosen settings, by kind and method."""
+    found = json.loads(SETTINGS.read_text())
+    if name not in found and TAKES_OVER.get(name) not in found:
+        raise SystemExit(f"no settings are chosen for {name} yet: run.py --search {name}")
+    own, others = found.get(name, {}), found.get(TAKES_OVER.get(name), {})
+    return {kind: others.get(kind, {}) | own.get(kind, {}) for kind in kinds(name)}
+
+
+def search(name: str, workers: int, small: bool, only: list[str]) -> None:
     """Choose each method's settings: of those that match plain training on the last task, the best for its aim."""
+    grids = {method: grid for method, grid in module(name).grid(name).items() if not only or method in only}
     jobs = [
         (name, kind, method, settings, seed, small)
         for kind in kinds(name)
-        for method, grid in {"none": [{}], **module(name).GRID}.items()
+        for method, grid in {"none": [{}], **grids}.items()
         for settings in grid
         for seed in SEARCH_SEEDS[name]
     ]
@@ -104,13 +115,15 @@ def search(name: str, workers: int, small: bool) -> None:
                 plain=means[kind, "none", "{}"]["last"],
                 aim=AIMS.get(method, EARLIER),
             )
-            for method, grid in module(name).GRID.items()
+            for method, grid in grids.items()
         }
         for kind in kinds(name)
     }
     print(json.dumps(chosen, indent=2))
     if not small:
         everything = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+        before = everything.get(name, {})
+        chosen = {kind: before.get(kind, {}) | found for kind, found in chosen.items()}
         SETTINGS.write_text(json.dumps(everything | {name: chosen}, indent=2, sort_keys=True) + "\n")
 
 
@@ -189,9 +202,8 @@ def draw(name: str, rows: list[dict[str, Any]]) -> None:
             bars = [row for row in rows if row["kind"] == kind]
             width = 0.8 / len(kinds(name))
             at = [i + (number - (len(kinds(name)) - 1) / 2) * width for i in range(len(bars))]
-            axes.bar(
-                at, [b[measure] for b in bars], width, yerr=[b[f"{measure} sd"] for b in bars], label=kind, capsize=2
-            )
+            heights, deviations = ([float(bar[column]) for bar in bars] for column in (measure, f"{measure} sd"))
+            axes.bar(at, heights, width, yerr=deviations, label=kind, capsize=2)
             axes.set_xticks(range(len(bars)), [bar["method"] for bar in bars], rotation=30)
         axes.grid(axis="y", alpha=0.3)
         if len(kinds(name)) > 1:

@@ -147,7 +147,11 @@ class ChatTemplate:
         if "\x03" not in answered:
             raise LLMBuilderError("the tokenizer's chat template does not show what the assistant says")
         self._opening = asked.removeprefix(self._render([user]))
-        self._closing = self._end_of_turn(answered.rsplit("\x03", 1)[1])
+        before, _, between = asked.partition("\x02")
+        self.question = (before, between)
+        """What stands before a first question, and between it and the answer."""
+        self.closing = self._end_of_turn(answered.rsplit("\x03", 1)[1])
+        """What ends an answer."""
 
     def render(self, messages: list[Message]) -> Rendered:
         """The conversation as the template writes it, and its answers as spans.
@@ -181,7 +185,7 @@ class ChatTemplate:
         lead = len(content) - len(content.lstrip()) if stripped else 0
         verbatim = text.startswith(content, max(found - lead, start))
         end = max(found - lead, start) + len(content) if verbatim else found + len(stripped)
-        return end + len(self._closing) if text.startswith(self._closing, end) else end
+        return end + len(self.closing) if text.startswith(self.closing, end) else end
 
     def _end_of_turn(self, closing: str) -> str:
         ends = [closing.rfind(token) + len(token) for token in self._tokenizer.all_special_tokens if token in closing]

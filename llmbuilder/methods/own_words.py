@@ -1,0 +1,159 @@
+"""Text in a model's own words: what stands for the data that it was made for, where nobody has them.
+
+A model of text goes on from a begin-of-text token (self-replay, arXiv 1909.03329). A chat model is asked for a question
+first, by the part of its chat template that stands before one, and then answers it (arXiv 2406.08464): text that begins
+nowhere is nothing that such a model was trained on.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data.examples import IGNORED
+from ..data.templates import ChatTemplate
+from ..errors import LLMBuilderError
+from ..models import chat_prompt, context_length, end_ids, generate
+from .base import Example
+
+ROWS = 16  # texts made at once
+TEMPERATURE = 1.0  # the model's own distribution
+LEAST = 16  # tokens that a question and its answer need
+
+Sample = tuple[list[int], int]
+"""Token ids, and the place of the first that is learnt."""
+
+
+class Texts(Sequence[Example]):
+    """Texts as examples, kept flat: ``ids`` [tokens] int32, ``bounds`` [texts + 1] int64, and ``starts`` [texts] int64,
+    from where in each text on it is learnt: 0, or where an answer begins."""
+
+    def __init__(self, ids: Tensor, bounds: Tensor, starts: Tensor) -> None:
+        self.ids, self.bounds, self.starts = ids, bounds, starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        start, end = self.bounds[index % len(self)], self.bounds[index % len(self) + 1]
+        ids, before = self.ids[start:end].tolist(), int(self.starts[index % len(self)])
+        return {"input_ids": ids, "labels": [IGNORED] * before + ids[before:]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        return {"ids": self.ids, "bounds": self.bounds, "starts": self.starts}
+
+
+class Frame(NamedTuple):
+    """How a chat model's conversation is written: what stands before a question, behind it up to the answer, and
+    behind the answer."""
+
+    before: str
+    between: str
+    behind: str
+
+
+def frame_of(model: nn.Module, length: int) -> Frame | None:
+    """The frame of the model's chat template; None without one, or where it leaves no room for words in ``length``
+    tokens."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        template = ChatTemplate(tokenizer)
+    except LLMBuilderError:  # it can't write a question and an answer
+        return None
+    frame = Frame(*template.question, template.closing)
+    room = length - len(_ids(tokenizer, "".join(frame)))
+    return frame if all(template.question) and room >= LEAST else None
+
+
+def make_texts(model: nn.Module, tokens: int, length: int, seed: int, where: str = "") -> Texts:
+    """At most ``tokens`` tokens of text in the model's own words, ``length`` in each text at most; the same for equal
+    models, seeds and numbers of threads.
+
+    Warns, once it knows, how long that takes, and ``where`` the text is kept. Raises LLMBuilderError for a model that
+    makes no text.
+    """
+    length = min(length, context_length(model) or length, tokens)
+    rows = min(ROWS, -(-tokens // length))
+    generator = torch.Generator().manual_seed(seed)
+    frame, kept, made, started = frame_of(model, length), [], 0, time.perf_counter()
+    while True:
+        before = made
+        samples = (
+            _texts(model, rows, length, generator) if frame is None else _chats(model, frame, rows, length, generator)
+        )
+        for ids, start in samples:
+            text = ids[: tokens - made]
+            if len(text) > max(start, 1):  # something that is learnt, and what it is predicted from
+                kept.append((text, start))
+                made += len(text)
+            if len(text) < len(ids) or made > tokens - 2:
+                return _flat(kept)
+        if not before:
+            _announce(tokens, (time.perf_counter() - started) * tokens / (rows * length), where)
+        if not made:
+            raise LLMBuilderError("the base model ends its texts before they begin: give a general_dataset")
+
+
+def _texts(model: nn.Module, rows: int, length: int, generator: torch.Generator) -> Iterator[Sample]:
+    """Texts from the tokenizer's begin-of-text token, or from a token drawn at random where there is none."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    first = getattr(tokenizer, "bos_token_id", None)
+    known = min(vocabulary, len(tokenizer)) if tokenizer is not None else vocabulary
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    plain = [token for token in range(known) if token not in special]
+    drawn = torch.randint(len(plain), (rows,), generator=generator).tolist()
+    starts = [[plain[index] if first is None else first] for index in drawn]
+    ends = generate(model, starts, length - 1, TEMPERATURE, stop_ids=end_ids(model), generator=generator)
+    return ((start + end, 0) for start, end in zip(starts, ends, strict=True))
+
+
+def _chats(model: nn.Module, frame: Frame, rows: int, length: int, generator: torch.Generator) -> Iterator[Sample]:
+    """Questions that the model asks as the user, a third of the room at most, with its answers: these are learnt, up
+    to what ends them."""
+    tokenizer: Any = model.tokenizer
+    behind, special = _ids(tokenizer, frame.behind), set(tokenizer.all_special_ids)
+    third = (length - len(_ids(tokenizer, "".join(frame)))) // 3
+    opening, stops = _ids(tokenizer, frame.before), {*end_ids(model), *special}
+    asked = generate(model, [opening] * rows, third, TEMPERATURE, stop_ids=[*stops], generator=generator)
+    questions = [_before(frame.between.strip(), tokenizer.decode(ids)).strip() for ids in asked]
+    prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions if text]
+    # What is read again may have a token more; an answer needs room for a few.
+    prompts = [prompt for prompt in prompts if length - len(prompt) - len(behind) >= third]
+    room = length - len(behind) - max(map(len, prompts), default=0)
+    ends = [*end_ids(model), *special.intersection(behind)]
+    answers = generate(model, prompts, room, TEMPERATURE, stop_ids=ends, generator=generator)
+    return (
+        (prompt + answer + (behind if len(answer) < room else []), len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    )
+
+
+def _before(end: str, text: str) -> str:
+    return text.split(end, 1)[0] if end else text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _flat(samples: list[Sample]) -> Texts:
+    bounds = torch.tensor([0, *(len(ids) for ids, _ in samples)]).cumsum(0)
+    ids = torch.tensor([token for ids, _ in samples for token in ids], dtype=torch.int32)
+    return Texts(ids, bounds, torch.tensor([start for _, start in samples], dtype=torch.int64))
+
+
+def _announce(tokens: int, seconds: float, where: str) -> None:
+    warnings.warn(
+        f"no general_dataset: {tokens:,} tokens of text are sampled from the base model itself, which takes about "
+        f"{seconds:.0f} s, once; they are kept in {where}",
+        stacklevel=5,
+    )

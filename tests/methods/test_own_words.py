@@ -1,0 +1,93 @@
+"""Text in a model's own words: of chat models questions, and answers that are learnt."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmbuilder.data.examples import IGNORED
+from llmbuilder.errors import LLMBuilderError
+from llmbuilder.methods.own_words import Texts, frame_of, make_texts
+from llmbuilder.models import GPT, GPTConfig, byte_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:no general_dataset")
+
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}Q>{{ m['content'] }}|A#{% else %}{{ m['content'] }}~{% endif %}"
+    "{% endfor %}"
+)
+CIRCLE = {">": "w", "w": "|", "|": "A", "A": "#", "#": "y", "y": "~", "~": "Q", "Q": ">"}
+
+
+def make_chatter(template: str, follows: dict[str, str], special: tuple[str, ...] = ()) -> Any:
+    """A model that says after each token the one that follows, whatever stood before."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = template
+    size = len(tokenizer)
+    model: Any = GPT(GPTConfig(vocab_size=size, n_layer=1, n_head=1, n_embd=size + size % 2, block_size=256))
+    model.tokenizer = tokenizer
+    head = torch.zeros(size, model.config.n_embd)
+    for before, after in follows.items():
+        (column,), (row,) = (tokenizer(token, add_special_tokens=False)["input_ids"] for token in (before, after))
+        head[row, column] = 100.0
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.output.weight.zero_()
+            block.mlp.down.weight.zero_()
+        model.embedding.weight = nn.Parameter(torch.eye(size, model.config.n_embd))
+        model.head.weight = nn.Parameter(head)
+    return model
+
+
+def said(model: Any, texts: Texts) -> list[tuple[str, str]]:
+    """What is not learnt of each text, and what is."""
+    pairs = []
+    for example in texts:
+        ids, labels = example["input_ids"], example["labels"]
+        start = next(i for i, label in enumerate(labels) if label != IGNORED)
+        assert labels[start:] == ids[start:]
+        pairs.append((model.tokenizer.decode(ids[:start]), model.tokenizer.decode(ids[start:])))
+    return pairs
+
+
+def test_a_chat_model_asks_and_its_answers_are_learnt() -> None:
+    """Equal texts of ten tokens, but for the last, which the number of tokens cuts."""
+    follows = {"<user>": "w", "w": "h", "h": "y", "y": "<end>", "<assistant>": "B", "B": "y"}
+    model = make_chatter(MARKED, follows, ("<user>", "<assistant>", "<end>"))
+    texts = make_texts(model, tokens=50, length=64, seed=0)
+    whole = ("<user>why<end>\n<assistant>", "By<end>")
+    assert len(model.tokenizer("".join(whole), add_special_tokens=False)["input_ids"]) == 10
+    assert said(model, texts) == 5 * [whole]
+    cut = said(model, make_texts(model, tokens=28, length=64, seed=0))
+    assert cut == [whole, whole, (whole[0], "B")]
+
+
+def test_a_template_without_special_tokens_ends_the_question_and_an_answer_that_goes_on_has_no_end() -> None:
+    """The model never stops of itself: its question is cut where the template goes on, its answer at the length."""
+    model = make_chatter(PLAIN, CIRCLE)
+    question, answer = said(model, make_texts(model, tokens=1000, length=40, seed=0))[0]
+    assert question == "Q>w|A#"
+    assert answer == ("y~Q>w|A#" * 5)[: 40 - len("Q>w|A#~")]
+
+
+@pytest.mark.parametrize("template", [PLAIN, "{{ raise_exception('no') }}", "always the same"])
+def test_without_room_or_a_template_that_fits_text_is_made(template: str) -> None:
+    model = make_chatter(template, CIRCLE)
+    length = 16 + len("Q>|A#~")
+    assert (frame_of(model, length) is not None) == (template == PLAIN)
+    texts = make_texts(model, tokens=60, length=length - 1, seed=0)
+    assert all(example["labels"] == example["input_ids"] for example in texts)
+    assert all(len(example["input_ids"]) < length for example in texts)
+
+
+def test_a_model_that_asks_nothing_is_an_error() -> None:
+    model = make_chatter(MARKED, {"<user>": "<end>", "<assistant>": "B"}, ("<user>", "<assistant>", "<end>"))
+    with pytest.raises(LLMBuilderError, match="ends its texts before they begin: give a general_dataset"):
+        make_texts(model, tokens=60, length=64, seed=0)
