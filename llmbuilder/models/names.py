@@ -55,6 +55,34 @@ _GPT_NEOX: Names = {
     "attention.output": ("attention.dense",),
     "mlp.dense": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
 }
+_BLOOM: Names = {
+    "attention.query": ("self_attention.query_key_value:query",),
+    "attention.key": ("self_attention.query_key_value:key",),
+    "attention.value": ("self_attention.query_key_value:value",),
+    "attention.output": ("self_attention.dense",),
+    "mlp.dense": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+}
+_MPT: Names = {
+    "attention.query": ("attn.Wqkv:query",),
+    "attention.key": ("attn.Wqkv:key",),
+    "attention.value": ("attn.Wqkv:value",),
+    "attention.output": ("attn.out_proj",),
+    "mlp.dense": ("ffn.up_proj", "ffn.down_proj"),
+}
+_GPTJ: Names = {
+    "attention.query": ("attn.q_proj",),
+    "attention.key": ("attn.k_proj",),
+    "attention.value": ("attn.v_proj",),
+    "attention.output": ("attn.out_proj",),
+    "mlp.dense": ("mlp.fc_in", "mlp.fc_out"),
+}
+_GPT_NEO: Names = {
+    "attention.query": ("attn.attention.q_proj",),
+    "attention.key": ("attn.attention.k_proj",),
+    "attention.value": ("attn.attention.v_proj",),
+    "attention.output": ("attn.attention.out_proj",),
+    "mlp.dense": ("mlp.c_fc", "mlp.c_proj"),
+}
 _PHI: Names = {**_LLAMA, "attention.output": ("self_attn.dense",), "mlp.dense": ("mlp.fc1", "mlp.fc2")}
 _PHI3: Names = {
     "attention.query": ("self_attn.qkv_proj:query",),
@@ -74,7 +102,12 @@ FAMILIES: Mapping[str, Names] = {
     "starcoder2": _STARCODER2,
     "opt": _OPT,
     "gpt2": _GPT2,
+    "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
+    "gptj": _GPTJ,
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "mpt": _MPT,
     "phi": _PHI,
     "phi3": _PHI3,
 }
@@ -228,15 +261,23 @@ def _check_weight(path: str, module: nn.Module) -> None:
 
 
 def _thirds(config: Any) -> dict[str, Tensor]:
-    """GPT-2: all of query, then all of key, then all of value."""
+    """GPT-2, MPT: all of query, then all of key, then all of value."""
     rows = torch.arange(3 * config.hidden_size)
     return dict(zip(("query", "key", "value"), rows.chunk(3), strict=True))
 
 
-def _thirds_by_head(config: Any) -> dict[str, Tensor]:
-    """GPT-NeoX: query, key and value of the first head, then of the second, and so on."""
-    rows = torch.arange(3 * config.hidden_size).view(config.num_attention_heads, 3, -1)
-    return {part: rows[:, i].flatten() for i, part in enumerate(("query", "key", "value"))}
+def _grouped(config: Any) -> dict[str, Tensor]:
+    """The query heads of the first group, its key and its value, then the second group's, and so on.
+
+    GPT-NeoX, Bloom: a group is a head. Falcon: a head, all heads (``multi_query``), or those that share a key
+    (``new_decoder_architecture``).
+    """
+    heads = config.num_attention_heads
+    groups = 1 if getattr(config, "multi_query", False) else heads
+    groups = config.num_kv_heads if getattr(config, "new_decoder_architecture", False) else groups
+    each = heads // groups + 2
+    rows = torch.arange(groups * each * (config.hidden_size // heads)).view(groups, each, -1)
+    return {"query": rows[:, :-2].flatten(), "key": rows[:, -2].flatten(), "value": rows[:, -1].flatten()}
 
 
 def _by_heads(config: Any) -> dict[str, Tensor]:
@@ -255,7 +296,8 @@ def _halves(config: Any) -> dict[str, Tensor]:
 
 _LAYOUTS: Mapping[str, Callable[[Any], dict[str, Tensor]]] = {
     "c_attn": _thirds,
-    "query_key_value": _thirds_by_head,
+    "query_key_value": _grouped,
+    "Wqkv": _thirds,
     "qkv_proj": _by_heads,
     "gate_up_proj": _halves,
 }

@@ -19,6 +19,14 @@ SHAPE = {
     "pad_token_id": None,
 }
 GPT2_SHAPE = {"vocab_size": 19, "n_embd": 16, "n_layer": 1, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
+FALCON_SHAPE = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "alibi": True,
+    "bias": True,
+}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
@@ -44,6 +52,17 @@ CONFIGS = {
     "ministral": lambda: transformers.MinistralConfig(**SHAPE, head_dim=4),
     "ernie4_5": lambda: transformers.Ernie4_5Config(**SHAPE, head_dim=4),
     "starcoder2": lambda: transformers.Starcoder2Config(**SHAPE),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=19, hidden_size=16, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
+    ),
+    "gptj": lambda: transformers.GPTJConfig(vocab_size=19, n_embd=16, n_layer=1, n_head=4, rotary_dim=4),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=19, hidden_size=16, n_layer=1, n_head=4),
+    "mpt": lambda: transformers.MptConfig(vocab_size=19, d_model=16, n_layers=1, n_heads=4, no_bias=False),
+    "falcon": lambda: transformers.FalconConfig(**FALCON_SHAPE, multi_query=False),
+    "falcon, one key": lambda: transformers.FalconConfig(**FALCON_SHAPE, multi_query=True),
+    "falcon, two keys": lambda: transformers.FalconConfig(
+        **FALCON_SHAPE, new_decoder_architecture=True, num_kv_heads=2
+    ),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=19, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=16
     ),
@@ -100,6 +119,49 @@ EXPECTED = {
             V: ["attention.query_key_value:value"],
             "attention.output": ["attention.dense"],
             "mlp.dense": ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+        },
+    ),
+    "gpt_neo": (
+        "transformer.h.0",
+        {
+            Q: ["attn.attention.q_proj"],
+            K: ["attn.attention.k_proj"],
+            V: ["attn.attention.v_proj"],
+            "attention.output": ["attn.attention.out_proj"],
+            "mlp.dense": ["mlp.c_fc", "mlp.c_proj"],
+        },
+    ),
+    "gptj": (
+        "transformer.h.0",
+        {
+            Q: ["attn.q_proj"],
+            K: ["attn.k_proj"],
+            V: ["attn.v_proj"],
+            "attention.output": ["attn.out_proj"],
+            "mlp.dense": ["mlp.fc_in", "mlp.fc_out"],
+        },
+    ),
+    **dict.fromkeys(
+        ["bloom", "falcon"],
+        (
+            "transformer.h.0",
+            {
+                Q: ["self_attention.query_key_value:query"],
+                K: ["self_attention.query_key_value:key"],
+                V: ["self_attention.query_key_value:value"],
+                "attention.output": ["self_attention.dense"],
+                "mlp.dense": ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+            },
+        ),
+    ),
+    "mpt": (
+        "transformer.blocks.0",
+        {
+            Q: ["attn.Wqkv:query"],
+            K: ["attn.Wqkv:key"],
+            V: ["attn.Wqkv:value"],
+            "attention.output": ["attn.out_proj"],
+            "mlp.dense": ["ffn.up_proj", "ffn.down_proj"],
         },
     ),
     "phi": ("model.layers.0", {**LLAMA, "attention.output": ["self_attn.dense"], "mlp.dense": ["mlp.fc1", "mlp.fc2"]}),
@@ -221,6 +283,46 @@ def used(model: nn.Module, path: str) -> dict[str, torch.Tensor]:
     model(torch.arange(5)[None])
     model.config._attn_implementation = before
     return seen
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "falcon, one key", "falcon, two keys"])
+def test_the_parts_of_a_fused_layer_act_as_query_key_and_value(name: str) -> None:
+    """Attention without rotation is linear in the values, does not tell a larger query from a larger key, and looks for
+    what differs between keys: a constant that all of them have changes nothing, one of the queries does."""
+    torch.manual_seed(0)
+    model = build(name).eval()
+    (output,) = resolve(model, ["attention.output"])
+    fused = resolve(model, ["attention.query"])[0]
+    rows = part_rows(model, fused.path)
+    assert torch.equal(torch.cat(list(rows.values())).sort().values, torch.arange(len(fused.module.weight)))
+    before = changed(model, fused.module, output.module, {})
+    double = changed(model, fused.module, output.module, {"value": (rows["value"], 2.0, 0.0)})
+    torch.testing.assert_close(double, 2 * before)
+    scaled = {"query": (rows["query"], 4.0, 0.0), "key": (rows["key"], 0.25, 0.0)}
+    torch.testing.assert_close(changed(model, fused.module, output.module, scaled), before)
+    constant = {part: changed(model, fused.module, output.module, {part: (rows[part], 1.0, 3.0)}) for part in rows}
+    torch.testing.assert_close(constant["key"], before)
+    assert not torch.allclose(constant["query"], before, atol=1e-3)
+
+
+@torch.no_grad()
+def changed(
+    model: nn.Module, fused: nn.Module, output: nn.Module, changes: dict[str, tuple[torch.Tensor, float, float]]
+) -> torch.Tensor:
+    """What the output layer reads when rows of the fused layer are multiplied, and a constant is added to them."""
+    seen = []
+    hooks = [output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))]
+
+    def change(_: nn.Module, __: object, y: torch.Tensor) -> torch.Tensor:
+        for rows, factor, constant in changes.values():
+            y = y.index_copy(-1, rows, factor * y[..., rows] + constant)
+        return y
+
+    hooks.append(fused.register_forward_hook(change))
+    model(torch.arange(5)[None])
+    for hook in hooks:
+        hook.remove()
+    return seen[0]
 
 
 def test_the_whole_layer_by_its_own_name_swallows_its_parts() -> None:
