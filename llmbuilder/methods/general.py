@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..errors import ConfigError
 from ..models import replacing
 from .base import Example, Run
-from .own_words import ROWS, TEMPERATURE, Texts, frame_of, make_texts
+from .own_words import ROWS, TEMPERATURE, Texts, frame_of, known_tokens, make_texts
 
 SOURCE = "general"
 LENGTH = 256  # longest text in tokens
@@ -44,6 +45,9 @@ class General:
         self.label = label or "general"
         self._texts: Texts | None = None
         """What a base model made, in this run or an earlier one."""
+
+    def extend(self, model: nn.Module) -> None:
+        self._known = known_tokens(model)  # before methods that come later add tokens
 
     def prepare(self, run: Run) -> None:
         if run.general is None:
@@ -79,7 +83,7 @@ class General:
             tensors = load_file(path)
             return Texts(*(tensors[name] for name in PARTS))
         except (OSError, SafetensorError, KeyError):  # not there, or damaged: make it (again)
-            texts = make_texts(run.model, self.tokens, self.length, run.seed, str(cache_folder()))
+            texts = make_texts(run.model, self._known, self.tokens, self.length, run.seed, str(cache_folder()))
         try:
             with replacing(path) as temporary:
                 save_file(texts.tensors(), temporary)
@@ -94,7 +98,9 @@ class General:
     def _key(self, run: Run) -> str:
         """What the text depends on: every bit of the model, the seed, how much is made, and how a chat is written."""
         frame = frame_of(run.model, self.length)
-        key = hashlib.sha256(f"{run.seed} {self.tokens} {self.length} {ROWS} {TEMPERATURE} {frame}".encode())
+        key = hashlib.sha256(
+            f"{run.seed} {self.tokens} {self.length} {self._known} {ROWS} {TEMPERATURE} {frame}".encode()
+        )
         for name, tensor in run.model.state_dict().items():
             key.update(f"{name} {tensor.dtype}".encode())
             key.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -73,22 +73,26 @@ def frame_of(model: nn.Module, length: int) -> Frame | None:
     return frame if all(template.question) and room >= LEAST else None
 
 
-def make_texts(model: nn.Module, tokens: int, length: int, seed: int, where: str = "") -> Texts:
+def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int, where: str = "") -> Texts:
     """At most ``tokens`` tokens of text in the model's own words, ``length`` in each text at most; the same for equal
     models, seeds and numbers of threads.
 
-    Warns, once it knows, how long that takes, and ``where`` the text is kept. Raises LLMBuilderError for a model that
-    makes no text.
+    A text ends before a token that is none of the first ``known``: rows of the embedding that stand for nothing, or
+    that a run has just added. Warns, once it knows, how long that takes, and ``where`` the text is kept. Raises
+    LLMBuilderError for a model that makes no text.
     """
     length = min(length, context_length(model) or length, tokens)
     rows = min(ROWS, -(-tokens // length))
     generator = torch.Generator().manual_seed(seed)
-    frame, kept, made, started = frame_of(model, length), [], 0, time.perf_counter()
+    kept: list[Sample] = []
+    frame, made, started = frame_of(model, length), 0, time.perf_counter()
+    ends = {*end_ids(model), *range(known, _vocabulary(model))}
     while True:
         before = made
-        samples = (
-            _texts(model, rows, length, generator) if frame is None else _chats(model, frame, rows, length, generator)
-        )
+        if frame is None:
+            samples = _texts(model, known, ends, rows, length, generator)
+        else:
+            samples = _chats(model, frame, ends, rows, length, generator)
         for ids, start in samples:
             text = ids[: tokens - made]
             if len(text) > max(start, 1):  # something that is learnt, and what it is predicted from
@@ -102,34 +106,46 @@ def make_texts(model: nn.Module, tokens: int, length: int, seed: int, where: str
             raise LLMBuilderError("the base model ends its texts before they begin: give a general_dataset")
 
 
-def _texts(model: nn.Module, rows: int, length: int, generator: torch.Generator) -> Iterator[Sample]:
+def known_tokens(model: nn.Module) -> int:
+    """How many tokens the model and its tokenizer know."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    return _vocabulary(model) if tokenizer is None else min(_vocabulary(model), len(tokenizer))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+
+def _texts(
+    model: nn.Module, known: int, ends: set[int], rows: int, length: int, generator: torch.Generator
+) -> Iterator[Sample]:
     """Texts from the tokenizer's begin-of-text token, or from a token drawn at random where there is none."""
     tokenizer: Any = getattr(model, "tokenizer", None)
-    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     first = getattr(tokenizer, "bos_token_id", None)
-    known = min(vocabulary, len(tokenizer)) if tokenizer is not None else vocabulary
     special = set(getattr(tokenizer, "all_special_ids", ()))
     plain = [token for token in range(known) if token not in special]
     drawn = torch.randint(len(plain), (rows,), generator=generator).tolist()
     starts = [[plain[index] if first is None else first] for index in drawn]
-    ends = generate(model, starts, length - 1, TEMPERATURE, stop_ids=end_ids(model), generator=generator)
-    return ((start + end, 0) for start, end in zip(starts, ends, strict=True))
+    texts = generate(model, starts, length - 1, TEMPERATURE, stop_ids=ends, generator=generator)
+    return ((start + text, 0) for start, text in zip(starts, texts, strict=True))
 
 
-def _chats(model: nn.Module, frame: Frame, rows: int, length: int, generator: torch.Generator) -> Iterator[Sample]:
+def _chats(
+    model: nn.Module, frame: Frame, ends: set[int], rows: int, length: int, generator: torch.Generator
+) -> Iterator[Sample]:
     """Questions that the model asks as the user, a third of the room at most, with its answers: these are learnt, up
     to what ends them."""
     tokenizer: Any = model.tokenizer
-    behind, special = _ids(tokenizer, frame.behind), set(tokenizer.all_special_ids)
+    opening, behind = _ids(tokenizer, frame.before), _ids(tokenizer, frame.behind)
     third = (length - len(_ids(tokenizer, "".join(frame)))) // 3
-    opening, stops = _ids(tokenizer, frame.before), {*end_ids(model), *special}
-    asked = generate(model, [opening] * rows, third, TEMPERATURE, stop_ids=[*stops], generator=generator)
+    special = set(tokenizer.all_special_ids)
+    asked = generate(model, [opening] * rows, third, TEMPERATURE, stop_ids=ends | special, generator=generator)
     questions = [_before(frame.between.strip(), tokenizer.decode(ids)).strip() for ids in asked]
     prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions if text]
     # What is read again may have a token more; an answer needs room for a few.
     prompts = [prompt for prompt in prompts if length - len(prompt) - len(behind) >= third]
     room = length - len(behind) - max(map(len, prompts), default=0)
-    ends = [*end_ids(model), *special.intersection(behind)]
+    ends = ends | special.intersection(behind)
     answers = generate(model, prompts, room, TEMPERATURE, stop_ids=ends, generator=generator)
     return (
         (prompt + answer + (behind if len(answer) < room else []), len(prompt))

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; all together in one batch, padded on the left.

@@ -13,6 +13,7 @@ from torch import nn
 from llmbuilder.errors import ConfigError, LLMBuilderError
 from llmbuilder.methods import General, Run
 from llmbuilder.models import GPT, GPTConfig, byte_tokenizer
+from llmbuilder.models.vocabulary import add_tokens
 
 VOCABULARY = 31
 
@@ -31,6 +32,7 @@ def make_model(seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
 
 def prepared(model: nn.Module, tokens: int = 500, seed: int = 0, **settings: Any) -> tuple[General, Run]:
     method, run = General(tokens, **settings), Run(model, seed)
+    method.extend(model)
     method.prepare(run)
     return method, run
 
@@ -166,3 +168,19 @@ def test_texts_end_where_the_model_ends_them_and_start_at_no_special_token() -> 
         model.head.bias[ord("!")] = 100
     with pytest.raises(LLMBuilderError, match="ends its texts before they begin: give a general_dataset"):
         prepared(model, tokens=3000)
+
+
+@pytest.mark.filterwarnings("ignore:no general_dataset")
+def test_text_holds_no_token_that_the_run_has_just_added() -> None:
+    """Nor one that no tokenizer has: rows of the embedding that pad it."""
+    model = make_model(vocabulary=300)
+    model.tokenizer = byte_tokenizer()
+    known = len(model.tokenizer)
+    method, run = General(2000), Run(model)
+    method.extend(model)
+    (new,) = add_tokens(model, ["<new>"])
+    assert new == known < 300
+    with torch.no_grad():  # the likeliest of all, where what they are multiplied by is not negative
+        model.embedding.weight[known:] = 100.0
+    method.prepare(run)
+    assert max(max(text) for text in rows(run)) < known

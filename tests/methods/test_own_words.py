@@ -61,18 +61,18 @@ def test_a_chat_model_asks_and_its_answers_are_learnt() -> None:
     """Equal texts of ten tokens, but for the last, which the number of tokens cuts."""
     follows = {"<user>": "w", "w": "h", "h": "y", "y": "<end>", "<assistant>": "B", "B": "y"}
     model = make_chatter(MARKED, follows, ("<user>", "<assistant>", "<end>"))
-    texts = make_texts(model, tokens=50, length=64, seed=0)
+    texts = make_texts(model, len(model.tokenizer), tokens=50, length=64, seed=0)
     whole = ("<user>why<end>\n<assistant>", "By<end>")
     assert len(model.tokenizer("".join(whole), add_special_tokens=False)["input_ids"]) == 10
     assert said(model, texts) == 5 * [whole]
-    cut = said(model, make_texts(model, tokens=28, length=64, seed=0))
+    cut = said(model, make_texts(model, len(model.tokenizer), tokens=28, length=64, seed=0))
     assert cut == [whole, whole, (whole[0], "B")]
 
 
 def test_a_template_without_special_tokens_ends_the_question_and_an_answer_that_goes_on_has_no_end() -> None:
     """The model never stops of itself: its question is cut where the template goes on, its answer at the length."""
     model = make_chatter(PLAIN, CIRCLE)
-    question, answer = said(model, make_texts(model, tokens=1000, length=40, seed=0))[0]
+    question, answer = said(model, make_texts(model, len(model.tokenizer), tokens=1000, length=40, seed=0))[0]
     assert question == "Q>w|A#"
     assert answer == ("y~Q>w|A#" * 5)[: 40 - len("Q>w|A#~")]
 
@@ -82,7 +82,7 @@ def test_without_room_or_a_template_that_fits_text_is_made(template: str) -> Non
     model = make_chatter(template, CIRCLE)
     length = 16 + len("Q>|A#~")
     assert (frame_of(model, length) is not None) == (template == PLAIN)
-    texts = make_texts(model, tokens=60, length=length - 1, seed=0)
+    texts = make_texts(model, len(model.tokenizer), tokens=60, length=length - 1, seed=0)
     assert all(example["labels"] == example["input_ids"] for example in texts)
     assert all(len(example["input_ids"]) < length for example in texts)
 
@@ -90,4 +90,4 @@ def test_without_room_or_a_template_that_fits_text_is_made(template: str) -> Non
 def test_a_model_that_asks_nothing_is_an_error() -> None:
     model = make_chatter(MARKED, {"<user>": "<end>", "<assistant>": "B"}, ("<user>", "<assistant>", "<end>"))
     with pytest.raises(LLMBuilderError, match="ends its texts before they begin: give a general_dataset"):
-        make_texts(model, tokens=60, length=64, seed=0)
+        make_texts(model, len(model.tokenizer), tokens=60, length=64, seed=0)
