@@ -76,6 +76,9 @@ class FineTuningConfig(MethodRows, ForgettingRows, RunRows):
             "min_lr_ratio has no effect with scheduler='constant': drop one of them": (
                 self.scheduler == "constant" and self.min_lr_ratio > 0
             ),
+            "early_stopping_patience counts evaluations, and eval_every=None has none before the end: set eval_every": (
+                self.early_stopping_patience is not None and self.eval_every is None
+            ),
             f"dialogue_format=True contradicts task_type='{self.task_type}': drop one of them": (
                 self.dialogue_format and self.task_type not in (None, "conversation")
             ),

@@ -1,11 +1,12 @@
 """The folder of a run: what lies in it, and when a run may write there."""
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import LLMBuilderError
+from ..errors import ConfigError, LLMBuilderError
 from .files import remove, remove_leftovers, write_text
 from .results import Results
 
@@ -85,3 +86,21 @@ class RunFolder:
         whole = isinstance(values, dict) and needed <= values.keys()
         exported = any((self.path / name).is_dir() for name in ("adapter", "adapters", "model"))
         return values if whole and exported and self.past.is_dir() else None
+
+
+def open_folder(path: Path | None, resume: bool, overwrite: bool, continue_from: Any) -> RunFolder | None:
+    """The folder that a run writes into, None where it writes nothing.
+
+    Raises:
+        ConfigError: what is asked for needs a folder, or contradicts itself.
+        LLMBuilderError: as ``RunFolder``.
+    """
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite contradict each other: give one of them")
+    if path is None:
+        if resume or overwrite:
+            raise ConfigError(f"{'resume' if resume else 'overwrite'} needs an output_dir")
+        return None
+    if isinstance(continue_from, str | os.PathLike) and Path(continue_from).resolve() == path.resolve():
+        raise ConfigError(f"continue_from and output_dir are both {path}: a next task needs a folder of its own")
+    return RunFolder(path, resume=resume, overwrite=overwrite)

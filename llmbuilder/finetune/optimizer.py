@@ -1,5 +1,6 @@
 """torch's optimizers, with weight decay where it belongs and a state that is saved by parameter name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,3 +53,10 @@ def load_optimizer_tensors(
         what, name = key.split("/", 1)
         weight = trained[name]
         optimizer.state[weight][what] = value.to(weight.device, copy=True)
+
+
+@torch.no_grad()
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy each tensor into the storage of the one of the same name."""
+    for name, value in source.items():
+        target[name].copy_(value)

@@ -6,9 +6,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,28 @@ from torch import Tensor, nn
 from ..data import split
 from ..errors import ConfigError, LLMBuilderError
 from ..methods import Batch, Key, Methods, Run
+from ..models import weights_digest
 from . import sampler
 from .assemble import check_data, make_methods
 from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpoint, save_checkpoint, split_states
 from .config import FineTuningConfig
 from .display import Display
-from .folder import RunFolder
+from .folder import open_folder
 from .interrupt import interruptible
 from .judge import Judge
 from .loader import WHAT, Loader
 from .metrics import MetricsLog, draw_loss
-from .optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_rate, trained_parameters
+from .optimizer import (
+    copy_weights,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_rate,
+    trained_parameters,
+)
 from .past import Past, go_on
 from .placement import enable_checkpointing, place, use_bf16
+from .progress import Progress
 from .randomness import random_state, seed_all, set_random_state, undisturbed
 from .results import EvalResults, Results, perplexity
 from .schedule import Schedule
@@ -40,24 +48,6 @@ from .schedule import Schedule
 def finetune_model(model: nn.Module, dataset: Any, config: FineTuningConfig | None = None) -> Results:
     """``FineTuner(model, dataset, config=config).train()``."""
     return FineTuner(model, dataset, config=config).train()
-
-
-@dataclass
-class Progress:
-    """Where a run is, at the end of an optimizer step."""
-
-    step: int = 0
-    epoch: int = 0
-    batches: int = 0
-    """Batches of this epoch that are used up."""
-    seconds: float = 0.0
-    base_loss: float = math.nan
-    last_loss: float = math.nan
-    """Of the last evaluation."""
-    best_loss: float = math.inf
-    best_step: int = 0
-    worse: int = 0
-    """Evaluations since the best one."""
 
 
 class FineTuner:
@@ -100,7 +90,7 @@ class FineTuner:
     ) -> None:
         self.model = model
         self.config = config or FineTuningConfig()
-        self.folder = self._open_folder(resume, overwrite)
+        self.folder = open_folder(self.config.output_dir, resume, overwrite, continue_from)
         self._resume = resume
         self._trained = False
         self._past, self._task_ended = self._recall(continue_from), False
@@ -142,6 +132,8 @@ class FineTuner:
 
         self.judge = Judge(model, self.loader, self.bf16, self.methods.parts)
         self.head = self.judge.head
+        frozen = ((name, weight) for name, weight in model.named_parameters() if name not in self.trained)
+        self._frozen = weights_digest(frozen) if self.folder else ""
         self.optimizer = make_optimizer(self.config, self.trained)
         window = self.config.gradient_accumulation_steps
         steps_per_epoch = math.ceil(len(self._plan(0)) / window)
@@ -391,6 +383,7 @@ class FineTuner:
             "progress": dataclasses.asdict(self.progress),
             "config": self.config.resolved(),
             "data": self._hashes,
+            "frozen": self._frozen,
             "tasks": self._past.tasks,
             "random": random_values,
             "methods": method_values,
@@ -410,7 +403,8 @@ class FineTuner:
         if values["tasks"] != self._past.tasks:
             raise ConfigError(f"{path} was made after other tasks: resume with the continue_from it had")
         shapes = {name: weight.shape for name, weight in self.trained.items()}
-        if shapes != {name: weight.shape for name, weight in tensors["trained"].items()}:
+        others = {name: weight.shape for name, weight in tensors["trained"].items()}
+        if others != shapes or values["frozen"] != self._frozen:
             raise ConfigError(f"{path} was made with another model: resume with the model it had")
         copy_weights(tensors["trained"], self.trained)
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
@@ -449,21 +443,6 @@ class FineTuner:
         )
         return train, train, "training"
 
-    def _open_folder(self, resume: bool, overwrite: bool) -> RunFolder | None:
-        path = self.config.output_dir
-        if resume and overwrite:
-            raise ConfigError("resume and overwrite contradict each other: give one of them")
-        if path is None and (resume or overwrite):
-            raise ConfigError(f"{'resume' if resume else 'overwrite'} needs an output_dir")
-        return RunFolder(path, resume=resume, overwrite=overwrite) if path else None
-
     def _last_checkpoint(self) -> str:
         path = newest_checkpoint(self.folder.checkpoints) if self.folder else None
         return f"; the last checkpoint is {path}, and resume goes on from there" if path else ""
-
-
-@torch.no_grad()
-def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy each tensor into the storage of the one of the same name."""
-    for name, value in source.items():
-        target[name].copy_(value)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError
-from ..models import replacing
+from ..models import replacing, weights_digest
 from .base import Example, Run
 from .own_words import ROWS, TEMPERATURE, Texts, frame_of, known_tokens, make_texts
 
@@ -98,13 +97,9 @@ class General:
     def _key(self, run: Run) -> str:
         """What the text depends on: every bit of the model, the seed, how much is made, and how a chat is written."""
         frame = frame_of(run.model, self.length)
-        key = hashlib.sha256(
-            f"{run.seed} {self.tokens} {self.length} {self._known} {ROWS} {TEMPERATURE} {frame}".encode()
-        )
-        for name, tensor in run.model.state_dict().items():
-            key.update(f"{name} {tensor.dtype}".encode())
-            key.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return key.hexdigest()[:16]
+        weights = weights_digest(run.model.state_dict().items())
+        text = f"{run.seed} {self.tokens} {self.length} {self._known} {ROWS} {TEMPERATURE} {frame} {weights}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cache_folder() -> Path:

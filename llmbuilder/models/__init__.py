@@ -1,6 +1,7 @@
 """Models: the native GPT, Hugging Face folders and GGUF files, loaded, saved and run in one way."""
 
 from .chat import chat_prompt
+from .digest import weights_digest
 from .dtypes import computes_bf16
 from .generate import end_ids, generate
 from .gpt import GPT, GPTConfig
@@ -26,4 +27,5 @@ __all__ = [
     "save_model",
     "tie_groups",
     "train_tokenizer",
+    "weights_digest",
 ]

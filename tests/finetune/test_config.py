@@ -102,6 +102,7 @@ def test_every_bad_value_is_named_at_once():
         ({"use_lora": False, "lora_rank": 8}, "use_lora=False contradicts lora_rank"),
         ({"use_lora": False, "target_modules": "all"}, "use_lora=False contradicts lora_target_modules"),
         ({"use_lora": False, "lora_config": {}}, "use_lora=False contradicts lora_config"),
+        ({"early_stopping_patience": 2, "eval_every": None}, "eval_every=None has none before the end: set eval_every"),
         ({"warmup_steps": 0, "warmup_ratio": 0.0}, "warmup_steps and warmup_ratio"),
         ({"scheduler": "constant", "min_lr_ratio": 0.1}, "min_lr_ratio has no effect"),
         ({"dialogue_format": True, "task_type": "code"}, "dialogue_format=True contradicts task_type='code'"),

@@ -199,6 +199,9 @@ def test_what_does_not_fit_is_refused_by_name(
         make(2, continue_from=first)
     with pytest.raises(LLMBuilderError, match="finished run"):
         make(2, continue_from=tmp_path / "nowhere")
+    for how in ("resume", "overwrite"):
+        with pytest.raises(ConfigError, match="a next task needs a folder of its own"):
+            make(2, tmp_path / "a", continue_from=tmp_path / "b" / ".." / "a", **{how: True})
     state = tmp_path / "a" / "past" / "state.json"
     state.write_text(state.read_text()[:-1])
     with pytest.raises(LLMBuilderError, match=r"state\.json is damaged"):

@@ -248,6 +248,24 @@ def test_other_data_and_another_model_are_refused(whole: Path) -> None:
         FineTuner(model, crashing.make_data(22, 1), crashing.make_data(5, 2), config, resume=True).train()
 
 
+def test_another_frozen_base_is_refused(tmp_path: Path) -> None:
+    """Adapters are nothing without the weights beside them; what trains comes from the checkpoint, whatever it was."""
+    config = crashing.make_config(tmp_path / "run", **LORA, max_steps=2)
+
+    def run(change: str = "", resume: bool = True) -> Results:
+        model = crashing.make_model()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight += 1e-3 * (name == change)
+        return FineTuner(model, crashing.make_data(22, 1), crashing.make_data(5, 2), config, resume=resume).train()
+
+    wanted = run(resume=False)
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(ConfigError, match="made with another model: resume with the model it had"):
+        run("blocks.1.mlp.up.weight")
+    assert run().final_perplexity == wanted.final_perplexity
+
+
 def test_other_general_data_and_other_data_of_the_base_tasks_are_refused(tmp_path: Path) -> None:
     config = crashing.make_config(
         tmp_path / "run", max_steps=1, warmup_steps=0, domain_weight=0.5, validation_on_base_tasks=True

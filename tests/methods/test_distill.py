@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmbuilder.data import collate
+from llmbuilder.errors import ConfigError
 from llmbuilder.methods import Batch, Full, GeneralKnowledge, LoRA, Run
 from llmbuilder.nn import LanguageHead, LoRAConfig
 from llmbuilder.nn import heads as heads_module
@@ -150,3 +151,27 @@ def test_the_divergence_is_in_the_log_and_a_resumed_run_repeats_it(
     again = tune(make_gpt(), make_rows(8), **settings, resume=True)
     assert all(torch.equal(weights(whole.model)[name], value) for name, value in weights(again.model).items())
     assert [row["extra_loss"] for row in again.results.history] == extra
+
+
+def test_a_copy_of_another_base_is_refused_on_resume(make_gpt: Any) -> None:
+    """Where all weights train, the checkpoint brings those of the tuned model, and none of the base."""
+    methods = []
+    for seed in (0, 1):
+        run = Run(make_gpt(seed=seed))
+        methods.append(GeneralKnowledge())
+        for each in (Full(), methods[-1]):
+            each.prepare(run)
+    methods[0].load_state(methods[0].state())
+    with pytest.raises(ConfigError, match="another base model: resume with the model it had"):
+        methods[1].load_state(methods[0].state())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_base_that_is_stored_in_bf16_starts_at_no_divergence(
+    make_gpt: Any, make_rows: Any, tune: Any, dtype: str
+) -> None:
+    """Weights that train do so in fp32: so does what they are compared with."""
+    settings = {"use_lora": False, "dtype": dtype, "max_steps": 1, "domain_weight": 0.5}
+    general = {"preserve_general_knowledge": True, "general_dataset": make_rows(4, seed=1)}
+    tuner = tune(make_gpt().to(torch.bfloat16), make_rows(4), **settings, **general)
+    assert abs(tuner.results.history[0]["extra_loss"]) < 1e-7
