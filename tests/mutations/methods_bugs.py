@@ -5,6 +5,7 @@ from dataclasses import dataclass
 EWC, FISHER, REPLAY, L2 = (f"methods/test_{name}.py" for name in ("ewc", "fisher", "replay", "l2"))
 DISTILL, DOMAIN, FREEZE = (f"methods/test_{name}.py" for name in ("distill", "domain", "freeze"))
 PROGRESSIVE, TASKS, BASE = (f"methods/test_{name}.py" for name in ("progressive", "multitask", "base_task"))
+GENERAL, OWN_WORDS, RESUME = "methods/test_general.py", "methods/test_own_words.py", "finetune/test_resume.py"
 PAST, TOGETHER = "finetune/test_past.py", "methods/test_together.py"
 
 
@@ -43,7 +44,54 @@ def of_past(name: str, right: str, wrong: str, which: str, tests: str = PAST, fi
     return Bug("past", name, f"finetune/{file}.py", right, wrong, tests, which)
 
 
+def of_own_words(name: str, right: str, wrong: str, which: str, tests: str = OWN_WORDS) -> Bug:
+    return Bug("general", name, "methods/own_words.py", right, wrong, tests, which)
+
+
 BUGS = [
+    of_own_words("the question is learnt too", "[IGNORED] * before + ids[before:]", "list(ids)", "answers"),
+    of_own_words("an answer that goes on is ended", "(behind if len(answer) < room else [])", "behind", "no_end"),
+    of_own_words(
+        "questions run into the template", "split(end, 1)[0] if end else text", "strip()", "ends_the_question"
+    ),
+    of_own_words("no room is no reason", "room >= LEAST", "room >= 0", "without_room"),
+    of_own_words("no question is one", "for text in questions if text]", "for text in questions]", "asks_nothing"),
+    of_own_words("new tokens in the text", "*range(known, _vocabulary(model))", "", "just_added", GENERAL),
+    Bug(
+        "general",
+        "new tokens are known",
+        "methods/general.py",
+        "self._known = known_tokens(model)",
+        "self._known = 1 << 20",
+        GENERAL,
+        "just_added",
+    ),
+    Bug(
+        "distillation",
+        "the base in the dtype that it is stored in",
+        "methods/distill.py",
+        "weight.data.float() if weight.requires_grad else weight.data",
+        "weight.data",
+        DISTILL,
+        "stored_in_bf16",
+    ),
+    Bug(
+        "distillation",
+        "any base on resume",
+        "methods/distill.py",
+        'if state.get("base") != self._digest:',
+        'if "base" not in state:',
+        DISTILL,
+        "another_base",
+    ),
+    of_past(
+        "any frozen base on resume",
+        ' or values["frozen"] != self._frozen:',
+        ":",
+        "another_frozen_base",
+        RESUME,
+        file="tuner",
+    ),
     of_ewc(
         "penalty without its strength", "            strength,\n        )", "            1.0,\n        )", "penalty"
     ),
@@ -155,8 +203,8 @@ BUGS = [
         "distillation",
         "against the tuned self, all weights",
         "methods/distill.py",
-        "copy.deepcopy(model).requires_grad_(False)",
-        "model",
+        "LanguageHead(_frozen_copy(model))",
+        "LanguageHead(model)",
         DISTILL,
         "mean_divergence",
     ),
@@ -249,7 +297,7 @@ BUGS = [
         "folder_of_the_first",
     ),
     of_past("damage unseen", "find_fault(path) if path.is_dir()", "None if path.is_dir()", "refused_by_name"),
-    of_past("weights not taken over", "model.load_state_dict(trained.state_dict())", "pass", "folder_of_the_first"),
+    of_past("weights not taken over", "model.load_state_dict(state)", "pass", "folder_of_the_first"),
     of_past(
         "adapter loaded twice",
         "for path in adapters if not list_adapters(model) else []",
@@ -259,8 +307,8 @@ BUGS = [
     of_past("heads left behind", 'if (folder / "heads").is_dir():', "if False:", "heads_and_adapters", TOGETHER),
     of_past(
         "Fisher information of the last task dropped",
-        "self.methods.past())\n",
-        "self._past.methods)\n",
+        "self._past.methods | known)",
+        "self._past.methods)",
         "folder_of_the_first",
         file="tuner",
     ),
