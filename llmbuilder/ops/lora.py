@@ -177,7 +177,13 @@ def _lora_linear(
         S = _backend.serve("lora_shrink", x)(rows, _beside(A, x), threshold, _seed(seed, x), stream)
         forward = _update_first if _backend.update_first(x) else _base_first
         y = forward(rows, weight, bias, S, _beside(B, x), scaling)
-    return y.view(*x.shape[:-1], B.shape[0]), S
+    return _shaped(y, x), S
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] with the leading dimensions of x, as a result of its own: in a view of one that a custom operator
+    returns nothing may be changed in place, and models add to what a layer returns."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
 def _base_first(x: Tensor, weight: Tensor | None, bias: Tensor | None, S: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -307,7 +313,7 @@ _lora_linear.register_autograd(_backward_lora, setup_context=_setup_lora)
 @torch.library.custom_op("llmbuilder::frozen_linear", mutates_args=())
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with _own_dtypes(x):
-        return _gemm.linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return _shaped(_gemm.linear(_rows(x), weight, bias), x)
 
 
 @_frozen_linear.register_fake

@@ -279,6 +279,18 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(backend, square_lay
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("layer", ["lora", "frozen"])
+def test_what_a_layer_returns_may_be_changed_in_place(layer):
+    """As models do that add the output of one layer to another's."""
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(6, 8)
+    A, B = torch.randn(2, 8), torch.randn(6, 2)
+    y = lora_linear(x, weight, None, A, B, 0.5) if layer == "lora" else frozen_linear(x, weight)
+    y.mul_(3.0)
+    y.sum().backward()
+    whole = weight + 0.5 * B @ A if layer == "lora" else weight
+    torch.testing.assert_close(x.grad, 3 * whole.sum(0).expand(2, 3, 8))
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
 def test_inference_without_gradients(backend, rows, masters):
