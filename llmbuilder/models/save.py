@@ -91,14 +91,11 @@ def replacing(path: Path) -> Iterator[Path]:
             _sync(written)
         if path.is_dir():
             path.rename(aside)
-        try:
-            temporary.replace(path)
-        except OSError:
-            if aside.exists():
-                aside.rename(path)
-            raise
+        temporary.replace(path)
         _sync(path.parent)
     finally:
+        if aside.exists() and not path.exists():  # an error or Ctrl-C came between
+            aside.rename(path)
         for leftover in (temporary, aside):
             if leftover.is_dir():
                 shutil.rmtree(leftover)

@@ -139,8 +139,9 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     assert events[renamed + 1 :] == [f"sync folder {tmp_path.stat().st_ino}"]
 
 
+@pytest.mark.parametrize("error", [OSError("broken"), KeyboardInterrupt("broken")])
 def test_a_save_that_fails_between_the_renames_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     path = tmp_path / "target"
     path.mkdir()
@@ -148,10 +149,10 @@ def test_a_save_that_fails_between_the_renames_puts_the_old_folder_back(
 
     def fail(self: Path, target: Path) -> None:
         assert not path.exists(), "the old folder has moved aside"
-        raise OSError("broken")
+        raise error
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="broken"), replacing(path) as temporary:
+    with pytest.raises(type(error), match="broken"), replacing(path) as temporary:
         temporary.mkdir()
     assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["target"]
 
