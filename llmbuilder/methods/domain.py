@@ -31,7 +31,7 @@ class Domain:
 
     def prepare(self, run: Run) -> None:
         self.seed, self.batch_size = run.seed, run.batch_size
-        self.general = len(run.sources[SOURCE]) if SOURCE in run.sources else 0
+        self._general = run.sources.get(SOURCE, ())  # a checkpoint may bring another text than was sampled now
 
     def batches(self, epoch: int, plan: Iterable[list[Key]]) -> Iterable[list[Key]]:
         plan = list(plan)
@@ -46,7 +46,7 @@ class Domain:
 
     def _mixed(self, domain: Sequence[Key], first: int, length: int) -> Iterator[Key]:
         """The examples number ``first`` to ``first + length`` of the run."""
-        general = _shuffles(self.general, self.seed)
+        general = _shuffles(len(self._general), self.seed)
         start = self._of_domain(first)
         general = islice(general, first - start, None)
         for n in range(first, first + length):

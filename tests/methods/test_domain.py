@@ -58,6 +58,17 @@ def test_general_examples_all_come_before_any_comes_again() -> None:
     assert drawn(0.5, 2, seed=1) != drawn(0.5, 2) == drawn(0.5, 2)
 
 
+def test_the_texts_of_a_checkpoint_are_drawn_from_also_where_others_were_sampled_since() -> None:
+    """More of them or fewer: the file that keeps them may be gone, and the machine another one."""
+    plans = []
+    for sampled in (2, 5, 9):
+        texts, method = [{"input_ids": []}] * sampled, Domain(0.5)
+        method.prepare(Run(torch.nn.Linear(1, 1), 0, {"general": texts}, batch_size=4))
+        texts[:] = [{"input_ids": []}] * 5  # as General.load_state does
+        plans.append(list(method.batches(0, sampler.shuffled(23, 4, 0, 0))))
+    assert plans[0] == plans[1] == plans[2]
+
+
 def test_a_run_trains_on_both_and_the_domain_names_results_and_cache(
     make_gpt: Any, make_rows: Any, tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
