@@ -1,10 +1,13 @@
 """Files that are there whole or not at all."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..errors import LLMBuilderError
 from ..models import replacing
@@ -14,15 +17,22 @@ from ..models import replacing
 def saving(path: Path) -> Iterator[Path]:
     """``models.replacing``: what the block writes under the name it is given takes its place at ``path``.
 
-    Raises:
-        LLMBuilderError: the disk is full or refuses; what was there before is as it was.
+    Raises LLMBuilderError as ``explained``; what was there before is as it was.
     """
+    with explained(path), replacing(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Around what writes at ``path``: raises LLMBuilderError where the disk is full or refuses."""
     try:
-        with replacing(path) as temporary:
-            yield temporary
-    except OSError as error:
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see that it can be written"
-        raise LLMBuilderError(f"{path}: cannot be saved ({error.strerror}); {advice}, then resume the run") from error
+        yield
+    except (OSError, SafetensorError) as error:
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in reason
+        advice = "free some space" if full else "see that it can be written"
+        raise LLMBuilderError(f"{path}: cannot be saved ({reason}); {advice}, then resume the run") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import ConfigError, LLMBuilderError
-from .files import remove, remove_leftovers, write_text
+from .checkpoint import find_fault
+from .files import explained, remove, remove_leftovers, write_text
 from .results import Results
 
 CONTENT = (
@@ -15,6 +17,7 @@ CONTENT = (
     *("results.json", "loss.png"),
 )
 
+NUMBERS = ("base_perplexity", "final_perplexity", "improvement_percentage", "training_time")  # of results.json
 MARK = "# The settings of a run of llmbuilder, as resolved.\n"
 
 
@@ -39,7 +42,7 @@ class RunFolder:
                 f"output_dir {path} holds a run already ({', '.join(held)}): "
                 "go on with it by resume, replace it by overwrite, or give another folder"
             )
-        if held and overwrite and not self._is_marked():
+        if held and not self._is_marked():
             raise LLMBuilderError(
                 f"output_dir {path} holds {', '.join(held)}, and no config.yaml that a run would have written: "
                 "it may be someone's work; give another folder"
@@ -53,16 +56,18 @@ class RunFolder:
             return False
 
     def begin(self, config_yaml: str) -> None:
-        """Make the folder that of a new run: what an earlier one left there goes."""
+        """Make the folder that of a new run: what an earlier one left there goes. Comes once nothing can stop the run
+        from starting."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LLMBuilderError(
                 f"output_dir {self.path}: cannot be made ({error.strerror}); give another folder"
             ) from error
-        for name in CONTENT:
-            if name != "config.yaml":  # it marks a run's folder until the new one takes its place
-                remove(self.path / name)
+        with explained(self.path):
+            for name in CONTENT:
+                if name != "config.yaml":  # it marks a run's folder until the new one takes its place
+                    remove(self.path / name)
         write_text(self.path / "config.yaml", MARK + config_yaml)
 
     def tidy(self) -> None:
@@ -75,17 +80,22 @@ class RunFolder:
         """results.json, the last file of a run: where it is, the run is over."""
         write_text(self.path / "results.json", json.dumps(values, indent=1) + "\n")
 
-    def results(self) -> dict[str, Any] | None:
-        """What results.json holds; None while the run is not over, or where that file, what was trained or the past is
-        lost."""
+    def exported(self) -> list[Path]:
+        """The folders of what was trained."""
+        return [self.path / name for name in ("adapter", "adapters", "model", "heads") if (self.path / name).is_dir()]
+
+    def results(self, rows: list[dict[str, Any]]) -> Results | None:
+        """What results.json holds, with the rows of metrics.jsonl; None while the run is not over, or where that file,
+        what was trained or the past is lost or damaged."""
         try:
             values = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            results = Results.from_dict(values | {name: float(values[name]) for name in NUMBERS}, rows)
+            for file in (file for folder in self.exported() for file in folder.rglob("*.safetensors")):
+                with safe_open(file, "pt"):  # as long as its header says
+                    pass
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, SafetensorError):
             return None
-        needed = {entry.name for entry in fields(Results)} - {"history"}
-        whole = isinstance(values, dict) and needed <= values.keys()
-        exported = any((self.path / name).is_dir() for name in ("adapter", "adapters", "model"))
-        return values if whole and exported and self.past.is_dir() else None
+        return results if self.exported() and self.past.is_dir() and find_fault(self.past) is None else None
 
 
 def open_folder(path: Path | None, resume: bool, overwrite: bool, continue_from: Any) -> RunFolder | None:
@@ -101,6 +111,6 @@ def open_folder(path: Path | None, resume: bool, overwrite: bool, continue_from:
         if resume or overwrite:
             raise ConfigError(f"{'resume' if resume else 'overwrite'} needs an output_dir")
         return None
-    if isinstance(continue_from, str | os.PathLike) and Path(continue_from).resolve() == path.resolve():
-        raise ConfigError(f"continue_from and output_dir are both {path}: a next task needs a folder of its own")
+    if isinstance(continue_from, str | os.PathLike) and Path(continue_from).resolve().is_relative_to(path.resolve()):
+        raise ConfigError(f"continue_from and output_dir are both in {path}: a next task needs a folder of its own")
     return RunFolder(path, resume=resume, overwrite=overwrite)

@@ -1,11 +1,13 @@
 """From data sets to batches, for one model and one run's settings."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import Collator
+from ..data import Collator, split
+from ..errors import ConfigError
 from ..methods import Batch, Example, Key
 from ..models import context_length
 from .config import FineTuningConfig
@@ -36,6 +38,25 @@ class Loader:
         self.tokenizer = getattr(model, "tokenizer", None)
         pad_id = getattr(self.tokenizer, "pad_token_id", None) or 0
         self._collate = Collator(config.data_collator, pad_id, config.max_seq_length)
+
+    def divide(self, train: Any, val: Any) -> tuple[Any, Any, str, dict[str, str]]:
+        """The data to train on, the data to judge by, what to call the latter, and the hashes of both as given."""
+        hashes = {"train": self.bind(train, "train")}
+        share = self.config.validation_split
+        if val is not None and share:
+            raise ConfigError(f"validation_split={share} has no effect beside a val_dataset: drop one of them")
+        if val is not None:
+            return train, val, "validation", hashes | {"val": self.bind(val, "val")}
+        if share and not hasattr(train, "task_type"):
+            raise ConfigError("validation_split needs a data set of llmbuilder.data; give a sequence in two parts")
+        if share:
+            return *split(train, share, self.config.seed), "held out", hashes
+        warnings.warn(
+            "no validation data: perplexity is that of the training data itself; give a val_dataset or "
+            "validation_split to see how the model does on what it has not learnt",
+            stacklevel=4,
+        )
+        return train, train, "training", hashes
 
     def bind(self, dataset: Any, name: str = "") -> str:
         """Tokenise a data set and see that the model can read it; returns a hash of its examples.

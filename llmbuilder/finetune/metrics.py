@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import remove, saving, write_text
+from .files import explained, remove, saving, write_text
 
 Row = dict[str, Any]
 
@@ -50,9 +50,10 @@ class MetricsLog:
         row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         self.rows.append(row)
         if self._sinks is not None:
-            self._sinks[0].write(json.dumps(row) + "\n")
-            self._sinks[0].flush()
-            self._add_events(row)
+            with explained(Path(self._sinks[0].name)):
+                self._sinks[0].write(json.dumps(row) + "\n")
+                self._sinks[0].flush()
+                self._add_events(row)
 
     def _add_events(self, row: Row) -> None:
         assert self._sinks is not None
@@ -63,8 +64,9 @@ class MetricsLog:
     def sync(self) -> None:
         """Have the rows on the disk before a checkpoint counts on them."""
         if self._sinks is not None:
-            os.fsync(self._sinks[0].fileno())
-            self._sinks[1].flush()
+            with explained(Path(self._sinks[0].name)):
+                os.fsync(self._sinks[0].fileno())
+                self._sinks[1].flush()
 
     def close(self) -> None:
         """Close both files."""
@@ -77,7 +79,7 @@ def read_rows(path: Path, steps: int) -> list[Row]:
     rows: list[Row] = []
     if steps == 0 or not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
             row = json.loads(line)
         except ValueError:

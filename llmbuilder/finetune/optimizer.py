@@ -1,6 +1,6 @@
 """torch's optimizers, with weight decay where it belongs and a state that is saved by parameter name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,3 +60,11 @@ def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
     """Copy each tensor into the storage of the one of the same name."""
     for name, value in source.items():
         target[name].copy_(value)
+
+
+def clip_gradients(weights: Sequence[nn.Parameter], most: float | None) -> float:
+    """The norm of all gradients together, before they are scaled down to ``most``."""
+    norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(weights, most, norm)
+    return float(norm)

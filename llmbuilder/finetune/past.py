@@ -21,15 +21,17 @@ from .checkpoint import Checkpoint, find_fault, join_states, load_checkpoint, sp
 @dataclass
 class Past:
     """The tasks that a model has learnt, in order, each with its name and a hash of its training data; and the methods'
-    ``past()``, by method."""
+    ``past()``, by method; and a hash of the base that adapters were trained on, where they were."""
 
     tasks: list[dict[str, str]] = field(default_factory=list)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base: str = ""
 
     def save(self, path: Path) -> None:
         """Write it as a folder, whole or not at all. Raises LLMBuilderError where the disk refuses."""
         tensors, values = split_states(self.methods)
-        write_checkpoint(path, Checkpoint({"methods": tensors}, {"tasks": self.tasks, "methods": values}))
+        kept = {"tasks": self.tasks, "methods": values, "base": self.base}
+        write_checkpoint(path, Checkpoint({"methods": tensors}, kept))
 
     @classmethod
     def load(cls, path: Path) -> "Past":
@@ -39,11 +41,12 @@ class Past:
             raise LLMBuilderError(f"{path} does not hold a finished run's past: {fault}; finish that run by resume")
         checkpoint = load_checkpoint(path)
         values = checkpoint.values
-        return cls(values["tasks"], join_states(checkpoint.tensors["methods"], values["methods"]))
+        return cls(values["tasks"], join_states(checkpoint.tensors["methods"], values["methods"]), values["base"])
 
 
-def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
-    """Bring ``model`` to where a finished run left it: its weights, or its adapter on the model that it was made for.
+def go_on(model: nn.Module, folder: Path, use_lora: bool, base: str = "") -> Past:
+    """Bring ``model`` to where a finished run left it: its weights, or its adapter on the model that it was made for,
+    whose hash is ``base`` (empty: not looked at).
 
     An adapter that the model has already stays as it is.
 
@@ -51,12 +54,16 @@ def go_on(model: nn.Module, folder: Path, use_lora: bool) -> Past:
         ConfigError: the run trained weights and this one adapters, or the other way round; or it had another model.
         LLMBuilderError: the folder holds no finished run.
     """
+    if not (folder / "results.json").exists():
+        raise LLMBuilderError(f"continue_from {folder}: no run has come to its end there; finish it by resume")
     past = Past.load(folder / "past")
     adapters = [path for path in [folder / "adapter", *sorted((folder / "adapters").glob("*"))] if path.is_dir()]
     kind = "adapter" if use_lora else "model"
     if not (adapters if use_lora else (folder / kind).is_dir()):
         raise ConfigError(f"continue_from {folder}: it holds no {kind}/: give use_lora={not use_lora} as that run did")
     if use_lora:
+        if base and past.base and base != past.base:
+            raise ConfigError(f"continue_from {folder}: its adapter was trained on another model; load that one")
         for path in adapters if not list_adapters(model) else []:
             load_adapter(model, path, "default" if path.name == "adapter" else path.name)
         _load_heads(model, folder)

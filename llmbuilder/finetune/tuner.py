@@ -15,21 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import split
 from ..errors import ConfigError, LLMBuilderError
 from ..methods import Batch, Key, Methods, Run
 from ..models import weights_digest
+from ..nn import list_adapters
+from ..nn.tasks import find_heads, save_heads
 from . import sampler
 from .assemble import check_data, make_methods
 from .checkpoint import Checkpoint, join_states, load_checkpoint, newest_checkpoint, save_checkpoint, split_states
 from .config import FineTuningConfig
 from .display import Display
+from .files import explained
 from .folder import open_folder
 from .interrupt import interruptible
 from .judge import Judge
 from .loader import WHAT, Loader
 from .metrics import MetricsLog, draw_loss
 from .optimizer import (
+    clip_gradients,
     copy_weights,
     load_optimizer_tensors,
     make_optimizer,
@@ -93,11 +96,15 @@ class FineTuner:
         self.folder = open_folder(self.config.output_dir, resume, overwrite, continue_from)
         self._resume = resume
         self._trained = False
-        self._past, self._task_ended = self._recall(continue_from), False
+        self._task_ended = False
+        # Before anything is added to the model: what adapters were trained on.
+        untouched = self.config.use_lora and not list_adapters(model) and (self.folder or continue_from is not None)
+        base = weights_digest(model.state_dict().items()) if untouched else ""
+        self._past = self._recall(continue_from, base)
         self.methods = Methods(make_methods(self.config, self._past, base_val_dataset is not None))
         self.methods.extend(model)
         self.loader = Loader(model, self.config)
-        train, self.val_dataset, self.evaluated_on = self._divide(train_dataset, val_dataset)
+        train, self.val_dataset, self.evaluated_on, self._hashes = self.loader.divide(train_dataset, val_dataset)
 
         check_data(self.config, general_dataset is not None, base_val_dataset is not None)
         for name, given in (("general", general_dataset), ("base_val", base_val_dataset)):
@@ -132,8 +139,8 @@ class FineTuner:
 
         self.judge = Judge(model, self.loader, self.bf16, self.methods.parts)
         self.head = self.judge.head
-        frozen = ((name, weight) for name, weight in model.named_parameters() if name not in self.trained)
-        self._frozen = weights_digest(frozen) if self.folder else ""
+        frozen = [(name, weight) for name, weight in model.named_parameters() if name not in self.trained]
+        self._base = self._past.base or (weights_digest(frozen) if self.folder and not self.config.use_lora else "")
         self.optimizer = make_optimizer(self.config, self.trained)
         window = self.config.gradient_accumulation_steps
         steps_per_epoch = math.ceil(len(self._plan(0)) / window)
@@ -223,7 +230,7 @@ class FineTuner:
                 loss += float(main.detach())
                 extra += 0.0 if more is None else float(more.detach())
         extra += self.methods.penalty()
-        grad_norm = self._clip()
+        grad_norm = clip_gradients([*self.trained.values()], self.config.max_grad_norm)
         self._require_finite(progress.step + 1, loss + extra, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -237,14 +244,6 @@ class FineTuner:
             | {"tokens": targets, "tokens_per_s": targets / seconds}
             | ({"extra_loss": extra} if self.methods.add_losses() else {})
         )
-
-    def _clip(self) -> float:
-        """The norm of all gradients together, before they are scaled down to ``max_grad_norm``."""
-        weights = list(self.trained.values())
-        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(weights, self.config.max_grad_norm, norm)
-        return float(norm)
 
     def _require_finite(self, step: int, *values: float) -> None:
         if not all(math.isfinite(value) for value in values):
@@ -291,11 +290,16 @@ class FineTuner:
             if path is not None:
                 self._restore(path)
                 return
-        if self.folder:
-            self.folder.begin(self.config.to_yaml())
+            if self.folder.exported():
+                raise LLMBuilderError(
+                    f"{self.folder.path} holds a run that is over, and no whole checkpoint to go on from: "
+                    "overwrite replaces it"
+                )
         self.progress.base_loss = self.judge.score(self.val_dataset).loss
         with undisturbed():
             self.methods.before_task(self.run)
+        if self.folder:
+            self.folder.begin(self.config.to_yaml())
 
     def _is_over(self) -> bool:
         patience = self.config.early_stopping_patience
@@ -306,12 +310,12 @@ class FineTuner:
         progress, early = self.progress, self.config.early_stopping_patience is not None
         if early:
             copy_weights(self._best, self.trained)
-        saved = self.folder.results() if self.folder and self._resume else None
+        saved = self.folder.results(rows) if self.folder and self._resume else None
         if self.folder is not None and saved is not None:
             self._past = Past.load(self.folder.past)
             self.methods.load_past(self._past.methods)
             self._task_ended = True
-            return Results.from_dict(saved, rows)
+            return saved
         self.end_task()
         base = perplexity(progress.base_loss)
         final = perplexity(progress.best_loss if early else progress.last_loss)
@@ -327,7 +331,10 @@ class FineTuner:
             **self.methods.results(),
         )
         if self.folder:
-            self.methods.export(self.model, self.folder.path)
+            with explained(self.folder.path):
+                self.methods.export(self.model, self.folder.path)
+                if find_heads(self.model) is not None:  # of this run's tasks or of earlier ones
+                    save_heads(self.model, self.folder.path / "heads")
             draw_loss(self.folder.path / "loss.png", rows)
             self.folder.save_results(results.to_dict())
         return results
@@ -341,23 +348,29 @@ class FineTuner:
         a task of data that the model knows already: a FineTuner with ``continue_from=`` this one goes on from there.
         """
         if not self._task_ended:
+            if self._resume and not self._trained:
+                raise LLMBuilderError(
+                    "end_task before train() would make a past of the model as it is, not of the run "
+                    "that is resumed: train() first"
+                )
             self.model.eval()
             with undisturbed():
                 self.methods.after_task(self.run)
             # What this run's methods do not know stays as it was, for a run that asks for it again.
             known = {name: past for name, past in self.methods.past().items() if past}
-            self._past = Past([*self._past.tasks, {"name": "", "data": self._data}], self._past.methods | known)
+            tasks = [*self._past.tasks, {"name": "", "data": self._hashes["train"]}]
+            self._past = Past(tasks, self._past.methods | known, self._past.base)
             self._task_ended = True
         self._past.tasks[-1]["name"] = name or self._past.tasks[-1]["name"] or f"task {len(self._past.tasks)}"
-        if self.folder and self.folder.path.is_dir():
+        if self.folder and self._trained:
             self._past.save(self.folder.past)
 
-    def _recall(self, source: "FineTuner | str | os.PathLike[str] | None") -> Past:
-        """Put the model where an earlier run left it, and return what that run knew."""
+    def _recall(self, source: "FineTuner | str | os.PathLike[str] | None", base: str) -> Past:
+        """Put the model, of the hash ``base``, where an earlier run left it, and return what that run knew."""
         if source is None:
-            return Past()
+            return Past(base=base)
         if not isinstance(source, FineTuner):
-            return go_on(self.model, Path(source), self.config.use_lora)
+            return go_on(self.model, Path(source), self.config.use_lora, base)
         if source.model is not self.model or not source._task_ended:
             raise ConfigError("continue_from: give a FineTuner that has trained, and the model that it trained")
         return source._past
@@ -383,7 +396,7 @@ class FineTuner:
             "progress": dataclasses.asdict(self.progress),
             "config": self.config.resolved(),
             "data": self._hashes,
-            "frozen": self._frozen,
+            "base": self._base,
             "tasks": self._past.tasks,
             "random": random_values,
             "methods": method_values,
@@ -404,7 +417,7 @@ class FineTuner:
             raise ConfigError(f"{path} was made after other tasks: resume with the continue_from it had")
         shapes = {name: weight.shape for name, weight in self.trained.items()}
         others = {name: weight.shape for name, weight in tensors["trained"].items()}
-        if others != shapes or values["frozen"] != self._frozen:
+        if others != shapes or values["base"] != self._base:
             raise ConfigError(f"{path} was made with another model: resume with the model it had")
         copy_weights(tensors["trained"], self.trained)
         load_optimizer_tensors(self.optimizer, self.trained, tensors["optimizer"])
@@ -421,27 +434,6 @@ class FineTuner:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def _divide(self, train: Any, val: Any) -> tuple[Any, Any, str]:
-        """The data to train on, the data to judge by, and what to call the latter."""
-        self._data = self.loader.bind(train, "train")
-        self._hashes = {"train": self._data}
-        share = self.config.validation_split
-        if val is not None and share:
-            raise ConfigError(f"validation_split={share} has no effect beside a val_dataset: drop one of them")
-        if val is not None:
-            self._hashes["val"] = self.loader.bind(val, "val")
-            return train, val, "validation"
-        if share and not hasattr(train, "task_type"):
-            raise ConfigError("validation_split needs a data set of llmbuilder.data; give a sequence in two parts")
-        if share:
-            return *split(train, share, self.config.seed), "held out"
-        warnings.warn(
-            "no validation data: perplexity is that of the training data itself; give a val_dataset or "
-            "validation_split to see how the model does on what it has not learnt",
-            stacklevel=3,
-        )
-        return train, train, "training"
 
     def _last_checkpoint(self) -> str:
         path = newest_checkpoint(self.folder.checkpoints) if self.folder else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..nn.heads import IGNORED
+from ..nn.tasks import heads_aside
 from ..ops import ewc_penalty_
 from .base import Example, Run
 from .fisher import Tensors, diagonal_fisher, language_scores
@@ -108,7 +109,8 @@ class EWC:
         self._params: dict[str, nn.Parameter] = {}
 
     def prepare(self, run: Run) -> None:
-        self._params = {name: weight for name, weight in run.model.named_parameters() if weight.requires_grad}
+        with heads_aside(run.model):  # heads of other tasks change the name of the model's own
+            self._params = {name: weight for name, weight in run.model.named_parameters() if weight.requires_grad}
         self._place()
         if self.past_tasks.fishers and not self.past_tasks.fishers.keys() & self._params.keys():
             raise ConfigError("the earlier run knows nothing of the weights that this one trains: train the same")

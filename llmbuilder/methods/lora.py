@@ -10,7 +10,7 @@ from ..models.names import resolve
 from ..nn import LoRAConfig, LoRAEmbedding, LoRALinear, activate_adapters, add_lora, list_adapters, save_adapter
 from ..nn.inject import modules_to_save
 from ..nn.lora import TrainedCopy, Update
-from ..nn.tree import wrappers
+from ..nn.tree import state_of, wrappers
 from .base import Run
 
 
@@ -32,11 +32,18 @@ class LoRA:
     def prepare(self, run: Run) -> None:
         if run.continues:
             self._go_on(run.model)
+        elif "default" in list_adapters(run.model):
+            raise ConfigError(
+                "the model has an adapter 'default' already: load the model anew, or go on with that adapter by "
+                "continue_from"
+            )
         else:
             add_lora(run.model, self.config)
 
     def _go_on(self, model: nn.Module) -> None:
         names = list(list_adapters(model))
+        if not names:
+            raise ConfigError("the earlier run trained no adapter: give use_lora=False, as that run did")
         if len(names) != 1:
             raise ConfigError(
                 f"the model has the adapters {', '.join(names)}, and this run trains one: give shared_encoder=False "
@@ -79,3 +86,4 @@ def go_on_with(model: nn.Module, name: str, config: LoRAConfig) -> None:
     for wrapper in wrappers(model):
         if isinstance(wrapper, LoRALinear) and name in wrapper.adapters:
             cast(Update, wrapper.adapters[name]).p = config.dropout
+    state_of(model).configs[name] = had.model_copy(update={"dropout": config.dropout})

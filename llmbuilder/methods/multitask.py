@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data import MultiTaskDataset
 from ..errors import ConfigError, no_such_task
 from ..nn import LanguageHead, LoRAConfig, add_lora, list_adapters, save_adapter
-from ..nn.tasks import add_heads, find_heads, save_heads, use_head
+from ..nn.tasks import add_heads, find_heads, use_head
 from ..nn.tree import shares_of, state_of, wrappers
 from .base import Batch, Key, Run
 from .lora import go_on_with
@@ -113,10 +113,6 @@ class MultiTask:
             self._check(task, "the data to judge by")
             with self._serving(task):
                 yield part
-
-    def export(self, model: nn.Module, folder: Path) -> None:
-        if self.heads:
-            save_heads(model, folder / "heads")
 
     def _rows(self, batch: Batch, task: str | None) -> Batch | None:
         return batch.where(lambda key: self._task(key) == task)

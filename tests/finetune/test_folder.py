@@ -1,12 +1,16 @@
 """Whose folder it is."""
 
+import json
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llmbuilder.errors import LLMBuilderError
 from llmbuilder.finetune.folder import CONTENT, MARK, RunFolder
+from llmbuilder.finetune.past import Past
 from llmbuilder.finetune.results import Results
 
 
@@ -15,7 +19,9 @@ def test_a_folder_with_anything_of_a_run_is_refused(tmp_path: Path, name: str) -
     (tmp_path / name).mkdir()
     with pytest.raises(LLMBuilderError, match=rf"holds a run already \({name}\): go on with it by resume, replace"):
         RunFolder(tmp_path, resume=False, overwrite=False)
-    RunFolder(tmp_path, resume=True, overwrite=False)
+    if name != "config.yaml":
+        (tmp_path / "config.yaml").write_text(MARK)
+        RunFolder(tmp_path, resume=True, overwrite=False)
     assert (tmp_path / name).exists()
 
 
@@ -35,15 +41,17 @@ def test_beginning_replaces_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == MARK + "seed: 3\n"
 
 
-def test_overwriting_spares_what_no_run_has_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_no_run_has_written_is_spared(tmp_path: Path, how: str) -> None:
+    asked = {"resume": False, "overwrite": False} | {how: True}
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "theirs").touch()
     with pytest.raises(LLMBuilderError, match=r"holds model, and no config\.yaml .* give another folder"):
-        RunFolder(tmp_path, resume=False, overwrite=True)
+        RunFolder(tmp_path, **asked)
     assert (tmp_path / "model" / "theirs").exists()
     (tmp_path / "config.yaml").write_text("seed: 3\n")  # someone's, with the name that ours has
     with pytest.raises(LLMBuilderError, match="that a run would have written"):
-        RunFolder(tmp_path, resume=False, overwrite=True)
+        RunFolder(tmp_path, **asked)
     assert (tmp_path / "model" / "theirs").exists()
 
 
@@ -61,15 +69,24 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_results_count_where_they_are_whole_and_what_was_trained_is_there(tmp_path: Path) -> None:
-    values = Results(1.5, 1.2, 20.0, timedelta(seconds=3), "validation", 4, 4, []).to_dict()
+    wanted = Results(1.5, 1.2, 20.0, timedelta(seconds=3), "validation", 4, 4, [{"step": 1}])
     folder = RunFolder(tmp_path, resume=False, overwrite=False)
-    assert folder.results() is None
-    folder.save_results(values)
-    assert folder.results() is None  # a run that was over has an adapter or a model, and a past
+    assert folder.results([]) is None
+    folder.save_results(wanted.to_dict())
+    assert folder.results([]) is None  # a run that was over has an adapter or a model, and a past
     (tmp_path / "adapter").mkdir()
-    assert folder.results() is None
-    folder.past.mkdir()
-    assert folder.results() == values
-    for damaged in ('{"base', "[]", "{}", '{"base_perplexity": 1.5}'):
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({"a": torch.ones(64)}, weights)
+    assert folder.results([]) is None
+    Past().save(folder.past)
+    assert folder.results([{"step": 1}]) == wanted
+    state = folder.past / "state.json"
+    for file in (weights, state):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        assert folder.results([]) is None
+        file.write_bytes(whole)
+    null = json.dumps(wanted.to_dict() | {"final_perplexity": None})
+    for damaged in ('{"base', "[]", "{}", '{"base_perplexity": 1.5}', null, null.replace("null", '"much"')):
         (tmp_path / "results.json").write_text(damaged)
-        assert folder.results() is None
+        assert folder.results([]) is None

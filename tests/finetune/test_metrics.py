@@ -71,6 +71,12 @@ def test_rows_end_where_a_line_is_none(tmp_path: Path, foreign: str) -> None:
     assert read_rows(path, 2) == [{"step": 1}]
 
 
+def test_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\n  \n{"step": 2}\n')
+    assert [row["step"] for row in read_rows(path, 2)] == [1, 2]
+
+
 def test_rows_that_are_lost_are_missed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.warns(UserWarning, match=r"metrics\.jsonl holds 1 of 3 steps done"):

@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_by_name(
         make(2, continue_from=make(1))
     with pytest.raises(ConfigError, match="the model that it trained"):
         make(2, continue_from=first)
-    with pytest.raises(LLMBuilderError, match="finished run"):
+    with pytest.raises(LLMBuilderError, match="no run has come to its end there"):
         make(2, continue_from=tmp_path / "nowhere")
     for how in ("resume", "overwrite"):
         with pytest.raises(ConfigError, match="a next task needs a folder of its own"):

@@ -269,3 +269,44 @@ def test_unfreezing_counts_blocks_and_not_the_heads_of_tasks(make_gpt: Any, make
     names = {name for name, weight in tuner.model.named_parameters() if weight.requires_grad}
     assert not any(name.startswith("blocks.0.") for name in names)
     assert all(any(name.startswith(part) for name in names) for part in ("blocks.1.", "head.heads.0", "head.heads.2"))
+
+
+@pytest.mark.parametrize("between", [{}, {"regularization_method": "ewc", "regularization_strength": 1.0}])
+def test_heads_outlive_a_task_without_them(
+    make_gpt: Any, make_rows: Any, make_tasks: Any, tune: Any, weights: Any, tmp_path: Path, between: dict[str, Any]
+) -> None:
+    """Heads, then a plain task or one under EWC, then heads again: from folder to folder as in one process."""
+    heads = {"multi_task": True, "task_specific_heads": True, "num_epochs": 1, "use_lora": False}
+    plain = {"use_lora": False, "num_epochs": 1} | between | ({"continual_learning": True} if between else {})
+    rows, general = make_rows(4, 5), {"general_dataset": make_rows(3, 9)} if between else {}
+    stages = [(make_tasks(), heads, {}), (rows, plain, general), (make_tasks(), heads, {})]
+
+    def chain(folders: bool) -> Any:
+        tuner, model = None, make_gpt(tie_word_embeddings=False)
+        for number, (data, settings, given) in enumerate(stages):
+            where = {"output_dir": tmp_path / str(number)} if folders else {}
+            model = make_gpt(tie_word_embeddings=False) if folders else model
+            source = tmp_path / str(number - 1) if folders and number else tuner
+            tuner = tune(model, data, continue_from=source, **given, **settings, **where)
+        return tuner
+
+    one, other = chain(folders=False), chain(folders=True)
+    assert all(torch.equal(weights(one.model)[name], value) for name, value in weights(other.model).items())
+    assert one.results.base_perplexity == other.results.base_perplexity
+
+
+def test_ewc_knows_the_models_own_output_layer_also_under_heads_of_other_tasks(
+    make_gpt: Any, make_rows: Any, make_tasks: Any, tune: Any
+) -> None:
+    ewc = {"continual_learning": True, "regularization_method": "ewc", "regularization_strength": 3.0}
+    settings = ewc | {"use_lora": False, "num_epochs": 1}
+    first = tune(make_gpt(tie_word_embeddings=False), make_rows(4), **settings, general_dataset=make_rows(3, 9))
+    heads = {"multi_task": True, "task_specific_heads": True, "use_lora": False, "num_epochs": 1}
+    second = tune(first.model, make_tasks(), **heads, continue_from=first)
+    third = tune(first.model, make_rows(4, 5), **settings, continue_from=second)
+    known = {name for name in third._past.methods["ewc"] if name.startswith("fisher/")}
+    assert known == {name for name in first._past.methods["ewc"] if name.startswith("fisher/")}
+    assert "fisher/head.weight" in known
+    assert not torch.equal(
+        first._past.methods["ewc"]["fisher/head.weight"], third._past.methods["ewc"]["fisher/head.weight"]
+    )

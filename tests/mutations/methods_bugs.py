@@ -86,7 +86,7 @@ BUGS = [
     ),
     of_past(
         "any frozen base on resume",
-        ' or values["frozen"] != self._frozen:',
+        ' or values["base"] != self._base:',
         ":",
         "another_frozen_base",
         RESUME,
@@ -307,8 +307,8 @@ BUGS = [
     of_past("heads left behind", 'if (folder / "heads").is_dir():', "if False:", "heads_and_adapters", TOGETHER),
     of_past(
         "Fisher information of the last task dropped",
-        "self._past.methods | known)",
-        "self._past.methods)",
+        "self._past.methods | known,",
+        "self._past.methods,",
         "folder_of_the_first",
         file="tuner",
     ),
