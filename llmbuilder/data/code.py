@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, LLMBuilderError
-from .examples import Tokenizer
+from .examples import Tokenizer, special_ids
 
 LAYOUT, PUNCTUATION, OPERATOR, KEYWORD, NAME, LITERAL, COMMENT = range(7)
 """Lexical classes. Punctuation brackets, separates and ends; layout is white space, line breaks and indents."""
@@ -83,7 +83,7 @@ def token_classes(tokenizer: Tokenizer, ids: list[int], language: str) -> Classe
 
     What stands between special tokens is read by itself.
     """
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     found = np.full(len(ids), NAME, np.uint8)
     start = 0
     for is_special, group in itertools.groupby(ids, lambda token: token in special):

@@ -14,7 +14,7 @@ import jinja2
 
 from ..errors import LLMBuilderError
 from ..turns import plain_turn
-from .examples import Tokenizer
+from .examples import Tokenizer, special_ids
 from .shapes import Message, Pair, RowError
 
 
@@ -188,7 +188,8 @@ class ChatTemplate:
         return end + len(self.closing) if text.startswith(self.closing, end) else end
 
     def _end_of_turn(self, closing: str) -> str:
-        ends = [closing.rfind(token) + len(token) for token in self._tokenizer.all_special_tokens if token in closing]
+        special = self._tokenizer.convert_ids_to_tokens(sorted(special_ids(self._tokenizer)))
+        ends = [closing.rfind(token) + len(token) for token in special if token in closing]
         return closing[: max(ends)] if ends else closing
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:

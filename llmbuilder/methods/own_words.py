@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.examples import IGNORED
+from ..data.examples import IGNORED, special_ids
 from ..data.templates import ChatTemplate
 from ..errors import LLMBuilderError
 from ..models import chat_prompt, context_length, end_ids, generate
@@ -122,7 +122,7 @@ def _texts(
     """Texts from the tokenizer's begin-of-text token, or from a token drawn at random where there is none."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     first = getattr(tokenizer, "bos_token_id", None)
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special = set() if tokenizer is None else special_ids(tokenizer)
     plain = [token for token in range(known) if token not in special]
     drawn = torch.randint(len(plain), (rows,), generator=generator).tolist()
     starts = [[plain[index] if first is None else first] for index in drawn]
@@ -138,7 +138,7 @@ def _chats(
     tokenizer: Any = model.tokenizer
     opening, behind = _ids(tokenizer, frame.before), _ids(tokenizer, frame.behind)
     third = (length - len(_ids(tokenizer, "".join(frame)))) // 3
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     asked = generate(model, [opening] * rows, third, TEMPERATURE, stop_ids=ends | special, generator=generator)
     questions = [_before(frame.between.strip(), tokenizer.decode(ids)).strip() for ids in asked]
     prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions if text]

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from llmbuilder.data import ChatDataset, TaskDataset
 from llmbuilder.errors import ConfigError, LLMBuilderError
@@ -224,6 +226,20 @@ def test_a_template_that_rewrites_the_last_answer(tokenizer, check_segments):
             ("\n", False),
         ],
     )
+
+
+def test_the_end_of_a_turn_is_also_a_special_token_that_was_only_added(tokenizer, tmp_path, check_segments):
+    # as Llama 3, Phi 3 and Gemma 3 are: once saved and loaded, it is none of all_special_tokens
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert "<|end|>" not in loaded.all_special_tokens
+    segments = [("<|im_start|>user\nq<|end|>\n<|im_start|>assistant\n", False), ("a<|end|>", True), ("\n", False)]
+    check_segments(ChatDataset([conversation("q", "a")], loaded)[0], loaded, segments)
 
 
 def test_a_template_that_hides_answers_is_an_error(tokenizer):

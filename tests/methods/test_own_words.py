@@ -1,10 +1,13 @@
 """Text in a model's own words: of chat models questions, and answers that are learnt."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from torch import nn
+from transformers import AutoTokenizer
 
 from llmbuilder.data.examples import IGNORED
 from llmbuilder.errors import LLMBuilderError
@@ -67,6 +70,24 @@ def test_a_chat_model_asks_and_its_answers_are_learnt() -> None:
     assert said(model, texts) == 5 * [whole]
     cut = said(model, make_texts(model, len(model.tokenizer), tokens=28, length=64, seed=0))
     assert cut == [whole, whole, (whole[0], "B")]
+
+
+def test_turns_end_at_special_tokens_that_were_only_added(tmp_path: Path) -> None:
+    """A model that says one turn after another, and whose marks of turns are none of all_special_ids."""
+    turns = ("<user>", "<assistant>", "<end>")
+    follows = {"<user>": "w", "w": "<end>", "<end>": "<user>", "<assistant>": "B", "B": "<end>"}
+    model = make_chatter(MARKED, follows, turns)
+    plain = byte_tokenizer()
+    plain.add_tokens([AddedToken(turn, special=True) for turn in turns])
+    plain.chat_template = MARKED
+    plain.save_pretrained(tmp_path)
+    model.tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert plain.get_vocab() == model.tokenizer.get_vocab() and "<end>" not in model.tokenizer.all_special_tokens
+    texts = make_texts(model, len(model.tokenizer), tokens=40, length=64, seed=0)
+    assert set(said(model, texts)) == {("<user>w<end>\n<assistant>", "B<end>")}
+    model.tokenizer.chat_template = None
+    starts = {text["input_ids"][0] for text in make_texts(model, len(model.tokenizer), 2000, length=2, seed=0)}
+    assert not starts & set(model.tokenizer.convert_tokens_to_ids(turns))
 
 
 def test_a_template_without_special_tokens_ends_the_question_and_an_answer_that_goes_on_has_no_end() -> None:
