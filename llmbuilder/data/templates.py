@@ -132,8 +132,8 @@ class ChatTemplate:
     """A tokenizer's chat template, with the places of the answers in what it renders.
 
     Templates mark no answers, so an answer's start is found from the prefix: the conversation before it, rendered with
-    the generation prompt. Its end is that of the end-of-turn token which the template writes behind an answer (of all
-    that it writes there, where no special token is among it).
+    the generation prompt. Its end is that of the end-of-turn token, the first special one which the template writes
+    behind an answer (of all that it writes there, where no special token is among it).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -189,8 +189,10 @@ class ChatTemplate:
 
     def _end_of_turn(self, closing: str) -> str:
         special = self._tokenizer.convert_ids_to_tokens(sorted(special_ids(self._tokenizer)))
-        ends = [closing.rfind(token) + len(token) for token in special if token in closing]
-        return closing[: max(ends)] if ends else closing
+        # the first: behind it a template may end the whole conversation, once, as Phi-3's does
+        ends = [(closing.find(token), -len(token)) for token in special if token in closing]
+        start, length = min(ends, default=(0, -len(closing)))
+        return closing[: start - length]
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
         if not messages:

@@ -242,6 +242,19 @@ def test_the_end_of_a_turn_is_also_a_special_token_that_was_only_added(tokenizer
     check_segments(ChatDataset([conversation("q", "a")], loaded)[0], loaded, segments)
 
 
+def test_each_turn_has_its_end_also_where_the_conversation_has_another(tokenizer, check_segments):
+    # as Phi-3's template: the end-of-text token behind the last turn, unless an answer is asked for
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True), AddedToken("<|end|>>", special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<s>{% endif %}"
+    )
+    dataset = ChatDataset([conversation("q", "a", "r", "b")], tokenizer)
+    prompt, asked = "<|im_start|>user\nq<|end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\nr<|end|>\n"
+    segments = [(prompt, False), ("a<|end|>", True), (asked + "<|im_start|>assistant\n", False), ("b<|end|>", True)]
+    check_segments(dataset[0], tokenizer, [*segments, ("\n<s>", False)])
+
+
 def test_a_template_that_hides_answers_is_an_error(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
     with pytest.raises(LLMBuilderError, match="does not show what the assistant says"):
