@@ -8,7 +8,8 @@ A conversation without a chat template is written as ``llmbuilder.turns`` says.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -16,6 +17,17 @@ from ..errors import LLMBuilderError
 from ..turns import plain_turn
 from .examples import Tokenizer, special_ids
 from .shapes import Message, Pair, RowError
+
+DAY = datetime(2024, 7, 26)
+"""The date of all rendered text, for templates that write today's: the same rows are the same data tomorrow. Llama 3's
+template has this one where it knows none."""
+
+# transformers hands no function of ours to a template: a macro in front of it takes the place of its own.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{code}', '{DAY.strftime('%' + code)}')" for code in (*"aAbBdHIjmMpSuwyY", "-d", "-m"))
+    + " }}{% endmacro %}"
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,14 @@ def plain_conversation(messages: list[Message], end: str) -> Rendered:
     return Rendered(text, spans, spans[-1][0] if spans else 0, reference)
 
 
+class Frame(NamedTuple):
+    """What stands before a first question, between it and the answer, and what ends an answer."""
+
+    before: str
+    between: str
+    behind: str
+
+
 class ChatTemplate:
     """A tokenizer's chat template, with the places of the answers in what it renders.
 
@@ -148,10 +168,11 @@ class ChatTemplate:
             raise LLMBuilderError("the tokenizer's chat template does not show what the assistant says")
         self._opening = asked.removeprefix(self._render([user]))
         before, _, between = asked.partition("\x02")
-        self.question = (before, between)
-        """What stands before a first question, and between it and the answer."""
-        self.closing = self._end_of_turn(answered.rsplit("\x03", 1)[1])
-        """What ends an answer."""
+        self.frame = Frame(before, between, self._end_of_turn(answered.rsplit("\x03", 1)[1]))
+
+    def prompt(self, messages: list[Message]) -> str:
+        """The conversation up to where the assistant's next answer begins. Raises RowError where it is refused."""
+        return self._render(messages, prompt=True)
 
     def render(self, messages: list[Message]) -> Rendered:
         """The conversation as the template writes it, and its answers as spans.
@@ -185,7 +206,7 @@ class ChatTemplate:
         lead = len(content) - len(content.lstrip()) if stripped else 0
         verbatim = text.startswith(content, max(found - lead, start))
         end = max(found - lead, start) + len(content) if verbatim else found + len(stripped)
-        return end + len(self.closing) if text.startswith(self.closing, end) else end
+        return end + len(self.frame.behind) if text.startswith(self.frame.behind, end) else end
 
     def _end_of_turn(self, closing: str) -> str:
         special = self._tokenizer.convert_ids_to_tokens(sorted(special_ids(self._tokenizer)))
@@ -197,8 +218,14 @@ class ChatTemplate:
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
         if not messages:
             return ""
+        template = self._tokenizer.get_chat_template()
         try:
-            rendered: Any = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            rendered: Any = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=(_FIXED_DATE if "strftime_now" in template else "") + template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
         return str(rendered)

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..models import replacing, weights_digest
 from .base import Example, Run
-from .own_words import ROWS, TEMPERATURE, Texts, frame_of, known_tokens, make_texts
+from .own_words import ROWS, TEMPERATURE, Texts, known_tokens, make_texts, template_of
 
 SOURCE = "general"
 LENGTH = 256  # longest text in tokens
@@ -96,7 +96,8 @@ class General:
 
     def _key(self, run: Run) -> str:
         """What the text depends on: every bit of the model, the seed, how much is made, and how a chat is written."""
-        frame = frame_of(run.model, self.length)
+        template = template_of(run.model, self.length)
+        frame = template and template.frame
         weights = weights_digest(run.model.state_dict().items())
         text = f"{run.seed} {self.tokens} {self.length} {self._known} {ROWS} {TEMPERATURE} {frame} {weights}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ nowhere is nothing that such a model was trained on.
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.examples import IGNORED, special_ids
 from ..data.templates import ChatTemplate
 from ..errors import LLMBuilderError
-from ..models import chat_prompt, context_length, end_ids, generate
+from ..models import context_length, end_ids, generate
 from .base import Example
 
 ROWS = 16  # texts made at once
@@ -49,18 +49,8 @@ class Texts(Sequence[Example]):
         return {"ids": self.ids, "bounds": self.bounds, "starts": self.starts}
 
 
-class Frame(NamedTuple):
-    """How a chat model's conversation is written: what stands before a question, behind it up to the answer, and
-    behind the answer."""
-
-    before: str
-    between: str
-    behind: str
-
-
-def frame_of(model: nn.Module, length: int) -> Frame | None:
-    """The frame of the model's chat template; None without one, or where it leaves no room for words in ``length``
-    tokens."""
+def template_of(model: nn.Module, length: int) -> ChatTemplate | None:
+    """The model's chat template; None without one, or where it leaves no room for words in ``length`` tokens."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -68,9 +58,9 @@ def frame_of(model: nn.Module, length: int) -> Frame | None:
         template = ChatTemplate(tokenizer)
     except LLMBuilderError:  # it can't write a question and an answer
         return None
-    frame = Frame(*template.question, template.closing)
-    room = length - len(_ids(tokenizer, "".join(frame)))
-    return frame if all(template.question) and room >= LEAST else None
+    before, between, _ = template.frame
+    room = length - len(_ids(tokenizer, "".join(template.frame)))
+    return template if before and between and room >= LEAST else None
 
 
 def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int, where: str = "") -> Texts:
@@ -85,14 +75,14 @@ def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int
     rows = min(ROWS, -(-tokens // length))
     generator = torch.Generator().manual_seed(seed)
     kept: list[Sample] = []
-    frame, made, started = frame_of(model, length), 0, time.perf_counter()
+    template, made, started = template_of(model, length), 0, time.perf_counter()
     ends = {*end_ids(model), *range(known, _vocabulary(model))}
     while True:
         before = made
-        if frame is None:
+        if template is None:
             samples = _texts(model, known, ends, rows, length, generator)
         else:
-            samples = _chats(model, frame, ends, rows, length, generator)
+            samples = _chats(model, template, ends, rows, length, generator)
         for ids, start in samples:
             text = ids[: tokens - made]
             if len(text) > max(start, 1):  # something that is learnt, and what it is predicted from
@@ -131,17 +121,19 @@ def _texts(
 
 
 def _chats(
-    model: nn.Module, frame: Frame, ends: set[int], rows: int, length: int, generator: torch.Generator
+    model: nn.Module, template: ChatTemplate, ends: set[int], rows: int, length: int, generator: torch.Generator
 ) -> Iterator[Sample]:
     """Questions that the model asks as the user, a third of the room at most, with its answers: these are learnt, up
     to what ends them."""
     tokenizer: Any = model.tokenizer
+    frame = template.frame
     opening, behind = _ids(tokenizer, frame.before), _ids(tokenizer, frame.behind)
     third = (length - len(_ids(tokenizer, "".join(frame)))) // 3
     special = special_ids(tokenizer)
-    asked = generate(model, [opening] * rows, third, TEMPERATURE, stop_ids=ends | special, generator=generator)
-    questions = [_before(frame.between.strip(), tokenizer.decode(ids)).strip() for ids in asked]
-    prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions if text]
+    said = generate(model, [opening] * rows, third, TEMPERATURE, stop_ids=ends | special, generator=generator)
+    questions = [_before(frame.between.strip(), tokenizer.decode(ids)).strip() for ids in said]
+    asked = [template.prompt([{"role": "user", "content": text}]) for text in questions if text]
+    prompts = [_ids(tokenizer, text) for text in asked]
     # What is read again may have a token more; an answer needs room for a few.
     prompts = [prompt for prompt in prompts if length - len(prompt) - len(behind) >= third]
     room = length - len(behind) - max(map(len, prompts), default=0)

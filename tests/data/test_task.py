@@ -1,6 +1,7 @@
 """Prompts and masks of requests and conversations, token by token against expectations written by hand."""
 
 import json
+from datetime import datetime
 
 import pytest
 from tokenizers import AddedToken
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 
 from llmbuilder.data import ChatDataset, TaskDataset
 from llmbuilder.errors import ConfigError, LLMBuilderError
+from llmbuilder.models import chat_prompt
 
 ALPACA = {"instruction": "Add {request}", "input": "1 {context}", "output": "3"}
 SYSTEM = "<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -253,6 +255,24 @@ def test_each_turn_has_its_end_also_where_the_conversation_has_another(tokenizer
     prompt, asked = "<|im_start|>user\nq<|end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\nr<|end|>\n"
     segments = [(prompt, False), ("a<|end|>", True), (asked + "<|im_start|>assistant\n", False), ("b<|end|>", True)]
     check_segments(dataset[0], tokenizer, [*segments, ("\n<s>", False)])
+
+
+@pytest.mark.parametrize(
+    ("written", "date"),
+    [
+        ("{% set now = strftime_now('%A, %-d %B %Y') %}{{ now }}", "Friday, 26 July 2024"),
+        ("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+    ],
+)
+def test_a_template_that_writes_todays_date_has_a_fixed_one_in_data(chat_tokenizer, check_segments, written, date):
+    # the data of a run that goes on tomorrow are the same; a conversation of today has today's
+    plain = chat_tokenizer.chat_template
+    chat_tokenizer.chat_template = f"{{% if true %}}{written}\n{{% endif %}}{plain}"
+    dataset = ChatDataset([conversation("q", "a", system="s")], chat_tokenizer)
+    prompt = f"{date}\n<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    check_segments(dataset[0], chat_tokenizer, [(prompt, False), ("a<|im_end|>", True), ("\n", False)])
+    talk = chat_tokenizer.decode(chat_prompt(chat_tokenizer, [{"role": "user", "content": "q"}]))
+    assert f"{datetime.now():%Y}\n" in talk
 
 
 def test_a_template_that_hides_answers_is_an_error(tokenizer):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from llmbuilder.data.examples import IGNORED
 from llmbuilder.errors import LLMBuilderError
-from llmbuilder.methods.own_words import Texts, frame_of, make_texts
+from llmbuilder.methods.own_words import Texts, make_texts, template_of
 from llmbuilder.models import GPT, GPTConfig, byte_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:no general_dataset")
@@ -90,6 +90,13 @@ def test_turns_end_at_special_tokens_that_were_only_added(tmp_path: Path) -> Non
     assert not starts & set(model.tokenizer.convert_tokens_to_ids(turns))
 
 
+def test_questions_and_answers_have_the_date_of_all_data() -> None:
+    follows = {"<user>": "w", "w": "<end>", "<assistant>": "B", "B": "<end>"}
+    model = make_chatter("{{ strftime_now('%Y') }}" + MARKED, follows, ("<user>", "<assistant>", "<end>"))
+    texts = make_texts(model, len(model.tokenizer), tokens=40, length=64, seed=0)
+    assert said(model, texts)[0] == ("2024<user>w<end>\n<assistant>", "B<end>")
+
+
 def test_a_template_without_special_tokens_ends_the_question_and_an_answer_that_goes_on_has_no_end() -> None:
     """The model never stops of itself: its question is cut where the template goes on, its answer at the length."""
     model = make_chatter(PLAIN, CIRCLE)
@@ -102,7 +109,7 @@ def test_a_template_without_special_tokens_ends_the_question_and_an_answer_that_
 def test_without_room_or_a_template_that_fits_text_is_made(template: str) -> None:
     model = make_chatter(template, CIRCLE)
     length = 16 + len("Q>|A#~")
-    assert (frame_of(model, length) is not None) == (template == PLAIN)
+    assert (template_of(model, length) is not None) == (template == PLAIN)
     texts = make_texts(model, len(model.tokenizer), tokens=60, length=length - 1, seed=0)
     assert all(example["labels"] == example["input_ids"] for example in texts)
     assert all(len(example["input_ids"]) < length for example in texts)
