@@ -1,6 +1,7 @@
 """What the base model is for: data that are given, or text that it makes itself."""
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..data.examples import special_ids
 from ..errors import ConfigError
-from ..models import replacing, weights_digest
+from ..models import end_ids, replacing, weights_digest
 from .base import Example, Run
 from .own_words import ROWS, TEMPERATURE, Texts, known_tokens, make_texts, template_of
 
 SOURCE = "general"
 LENGTH = 256  # longest text in tokens
+ORIGIN = ("_name_or_path", "transformers_version")  # of a config, or of one inside it
 PARTS = ("ids", "bounds", "starts")  # of Texts, in the order of its arguments
 
 
@@ -95,12 +98,28 @@ class General:
         return texts
 
     def _key(self, run: Run) -> str:
-        """What the text depends on: every bit of the model, the seed, how much is made, and how a chat is written."""
+        """What the text depends on: every bit of the model and its settings, the tokenizer's tokens, the seed, how much
+        is made, and how a chat is written."""
         template = template_of(run.model, self.length)
         frame = template and template.frame
         weights = weights_digest(run.model.state_dict().items())
         text = f"{run.seed} {self.tokens} {self.length} {self._known} {ROWS} {TEMPERATURE} {frame} {weights}"
+        text += f" {_settings(run.model)} {end_ids(run.model)} {_tokens(run.model)}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _settings(model: nn.Module) -> str:
+    """The model's config, but for where it was found and what wrote it."""
+    config: Any = model.config
+    values = json.dumps(config.to_dict() if hasattr(config, "to_dict") else vars(config), sort_keys=True, default=str)
+    return str(json.loads(values, object_hook=lambda part: {k: part[k] for k in part if k not in ORIGIN}))
+
+
+def _tokens(model: nn.Module) -> str:
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return ""
+    return f"{tokenizer.bos_token_id} {sorted(special_ids(tokenizer))} {sorted(tokenizer.get_vocab().items())}"
 
 
 def cache_folder() -> Path:

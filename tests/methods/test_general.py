@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmbuilder.errors import ConfigError, LLMBuilderError
 from llmbuilder.methods import General, Run
@@ -80,6 +82,44 @@ def test_it_is_made_once_for_a_model_and_a_seed_and_draws_from_nobodys_generator
     with pytest.warns(UserWarning, match="sampled from the base model"):
         _, different = prepared(make_model(seed=1), label="medical")
     assert rows(different) != rows(first)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a setting of the model": lambda model: setattr(model.config, "rms_norm_eps", 0.1),
+    "where its texts end": lambda model: setattr(model.generation_config, "eos_token_id", 7),
+    "where they begin": lambda model: setattr(model.tokenizer, "bos_token", "!"),
+    "a special token": lambda model: setattr(model.tokenizer, "mask_token", "!"),
+    "a token": lambda model: setattr(model, "tokenizer", tokenizer_with("bb")),
+}
+
+
+def tokenizer_with(token: str) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_text_is_made_anew_where_the_model_would_make_another(change: str) -> None:
+    shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+
+    def load() -> Any:
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=24))
+        model.tokenizer = tokenizer_with("aa")
+        return model
+
+    with pytest.warns(UserWarning, match="sampled from the base model"):
+        prepared(load())
+    moved = load()
+    moved.config._name_or_path, moved.config.transformers_version = "elsewhere", "0.1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(moved)
+    other = load()
+    CHANGES[change](other)
+    with pytest.warns(UserWarning, match="sampled from the base model"):
+        prepared(other)
 
 
 def test_no_text_is_longer_than_an_example_may_be() -> None:
