@@ -21,6 +21,7 @@ from .base import Example
 
 ROWS = 16  # texts made at once
 TEMPERATURE = 1.0  # the model's own distribution
+TRIES = 8  # rounds without a word before the model counts as one that says nothing
 LEAST = 16  # tokens that a question and its answer need
 
 Sample = tuple[list[int], int]
@@ -75,7 +76,7 @@ def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int
     rows = min(ROWS, -(-tokens // length))
     generator = torch.Generator().manual_seed(seed)
     kept: list[Sample] = []
-    template, made, started = template_of(model, length), 0, time.perf_counter()
+    template, made, empty, started = template_of(model, length), 0, 0, time.perf_counter()
     ends = {*end_ids(model), *range(known, _vocabulary(model))}
     while True:
         before = made
@@ -90,10 +91,12 @@ def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int
                 made += len(text)
             if len(text) < len(ids) or made > tokens - 2:
                 return _flat(kept)
-        if not before:
-            _announce(tokens, (time.perf_counter() - started) * tokens / (rows * length), where)
-        if not made:
-            raise LLMBuilderError("the base model ends its texts before they begin: give a general_dataset")
+        if made and not before:
+            _announce(tokens, (time.perf_counter() - started) * tokens / made, where)
+        empty += not made
+        if empty == TRIES:
+            why = "ends its texts before they begin" if template is None else "asks nothing by its chat template"
+            raise LLMBuilderError(f"the base model {why}: give a general_dataset")
 
 
 def known_tokens(model: nn.Module) -> int:

@@ -1,6 +1,8 @@
 """Text in a model's own words: of chat models questions, and answers that are learnt."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer
 from llmbuilder.data.examples import IGNORED
 from llmbuilder.errors import LLMBuilderError
 from llmbuilder.methods.own_words import Texts, make_texts, template_of
-from llmbuilder.models import GPT, GPTConfig, byte_tokenizer
+from llmbuilder.models import GPT, GPTConfig, byte_tokenizer, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:no general_dataset")
 
@@ -117,5 +119,40 @@ def test_without_room_or_a_template_that_fits_text_is_made(template: str) -> Non
 
 def test_a_model_that_asks_nothing_is_an_error() -> None:
     model = make_chatter(MARKED, {"<user>": "<end>", "<assistant>": "B"}, ("<user>", "<assistant>", "<end>"))
-    with pytest.raises(LLMBuilderError, match="ends its texts before they begin: give a general_dataset"):
+    with pytest.raises(LLMBuilderError, match="asks nothing by its chat template: give a general_dataset"):
         make_texts(model, len(model.tokenizer), tokens=60, length=64, seed=0)
+
+
+def often_silent() -> Any:
+    """A model that says "a" at every second step or so, else the end of its text."""
+    model: Any = GPT(GPTConfig(vocab_size=300, n_layer=1, n_head=1, n_embd=16, block_size=256))
+    model.tokenizer = byte_tokenizer()
+    model.head = nn.Linear(16, 300)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(-100)
+        model.head.bias[[ord("a"), model.tokenizer.eos_token_id]] = 0.0
+    return model
+
+
+def test_a_model_that_says_something_now_and_then_makes_text() -> None:
+    """A single text at a time is empty half of the time."""
+    made = [make_texts(often_silent(), 258, tokens=6, length=256, seed=seed) for seed in range(10)]
+    assert all(4 < len(texts.ids) <= 6 for texts in made)
+
+
+def test_the_announced_time_is_that_of_the_tokens_that_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose texts end early: as many rounds as the text takes, by a clock that counts those of a second."""
+    rounds = 0
+
+    def count(*arguments: Any, **settings: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr("llmbuilder.methods.own_words.generate", count)
+    monkeypatch.setattr("llmbuilder.methods.own_words.time", SimpleNamespace(perf_counter=lambda: float(rounds)))
+    with pytest.warns(UserWarning, match=r"which takes about \d+ s") as told:
+        make_texts(often_silent(), 258, tokens=4000, length=256, seed=0)
+    (seconds,) = re.findall(r"about (\d+) s", str(told[0].message))
+    assert rounds / 3 < int(seconds) < rounds * 3 and rounds > 100
