@@ -53,7 +53,7 @@ class General:
 
     def prepare(self, run: Run) -> None:
         if run.general is None:
-            self._texts = self._texts or self._find(run)
+            self._texts = self._find(run) if self._texts is None else self._cut(self._texts)
             run.general = self._texts
         else:
             self._texts = None
@@ -78,6 +78,16 @@ class General:
     def load_past(self, past: dict[str, Any]) -> None:
         if "ids" in past:
             self._texts = Texts(*(past[name] for name in PARTS))
+
+    def _cut(self, texts: Texts) -> Texts:
+        """An earlier task's text, as long as this one's settings allow."""
+        cut = texts.cut(self.length, self.tokens)
+        if not len(cut):
+            raise ConfigError(
+                f"of the text that an earlier task's base model made, {self.length} tokens a text and {self.tokens} in "
+                "all leave nothing to learn: raise max_seq_length or general_tokens, or give a general_dataset"
+            )
+        return cut
 
     def _find(self, run: Run) -> Texts:
         path = cache_folder() / f"{self.label}-{self._key(run)}.safetensors"

@@ -5,6 +5,7 @@ first, by the part of its chat template that stands before one, and then answers
 nowhere is nothing that such a model was trained on.
 """
 
+import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,16 @@ class Texts(Sequence[Example]):
         start, end = self.bounds[index % len(self)], self.bounds[index % len(self) + 1]
         ids, before = self.ids[start:end].tolist(), int(self.starts[index % len(self)])
         return {"input_ids": ids, "labels": [IGNORED] * before + ids[before:]}
+
+    def cut(self, length: int, tokens: int) -> "Texts":
+        """The texts, ``length`` tokens of each and ``tokens`` together at most, but for those teaching nothing."""
+        kept: list[Sample] = []
+        for (start, end), before in zip(itertools.pairwise(self.bounds.tolist()), self.starts.tolist(), strict=True):
+            ids = self.ids[start : min(end, start + min(length, tokens))].tolist()
+            if _teaches(ids, before):
+                kept.append((ids, before))
+                tokens -= len(ids)
+        return _flat(kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, by name."""
@@ -86,7 +97,7 @@ def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int
             samples = _chats(model, template, ends, rows, length, generator)
         for ids, start in samples:
             text = ids[: tokens - made]
-            if len(text) > max(start, 1):  # something that is learnt, and what it is predicted from
+            if _teaches(text, start):
                 kept.append((text, start))
                 made += len(text)
             if len(text) < len(ids) or made > tokens - 2:
@@ -146,6 +157,11 @@ def _chats(
         (prompt + answer + (behind if len(answer) < room else []), len(prompt))
         for prompt, answer in zip(prompts, answers, strict=True)
     )
+
+
+def _teaches(ids: list[int], start: int) -> bool:
+    """Whether there is something that is learnt, and what it is predicted from."""
+    return len(ids) > max(start, 1)
 
 
 def _before(end: str, text: str) -> str:

@@ -190,6 +190,36 @@ def test_a_checkpoint_and_a_later_task_bring_the_first_base_models_text() -> Non
 
 
 @pytest.mark.filterwarnings("ignore:no general_dataset")
+def test_an_earlier_tasks_text_is_no_longer_than_this_ones_settings_allow() -> None:
+    """What a later task and a resumed run get is the text that was cut."""
+    first, run = prepared(make_model())
+    next_task, last = General(100, length=9), Run(make_model())
+    next_task.load_past(first.past())
+    next_task.prepare(last)
+    assert rows(last) == [row[:9] for row in rows(run)][:11]
+    assert next_task.past().keys() == first.past().keys()
+    third, later = General(), Run(make_model())
+    third.load_past(next_task.past())
+    third.prepare(later)
+    assert rows(later) == rows(last)
+    third.load_state(next_task.state())
+    assert rows(later) == rows(last)
+
+
+def test_texts_of_which_nothing_is_left_to_learn_go() -> None:
+    past = {"ids": torch.arange(20), "bounds": torch.tensor([0, 8, 12, 20]), "starts": torch.tensor([5, 1, 3])}
+    method, run = General(7, length=4), Run(make_model())
+    method.load_past(past)
+    method.prepare(run)
+    assert run.general is not None
+    assert [run.general[i]["labels"] for i in range(len(run.general))] == [[-100, 9, 10, 11]]
+    with pytest.raises(ConfigError, match=r"3 tokens a text and 1 in all leave nothing to learn: raise max_seq_length"):
+        method = General(1, length=3)
+        method.load_past(past)
+        method.prepare(Run(make_model()))
+
+
+@pytest.mark.filterwarnings("ignore:no general_dataset")
 def test_texts_end_where_the_model_ends_them_and_start_at_no_special_token() -> None:
     model = make_model(vocabulary=300)
     model.tokenizer = byte_tokenizer()
