@@ -18,8 +18,8 @@ def add_tokens(model: nn.Module, tokens: Sequence[str]) -> list[int]:
         tokens: those that the tokenizer has already are left as they are.
 
     Returns:
-        The ids of those that are new, in order. Rows of the embedding and the output layer that the model lacked start
-        at the mean of the others; these keep their bits.
+        The ids of those that are new, in order. Their rows in the embedding and the output layer start at the mean of
+        the tokens' that were there, also where the model had rows to spare; all others keep their bits.
 
     Raises:
         LLMBuilderError: the model has no tokenizer.
@@ -27,11 +27,15 @@ def add_tokens(model: nn.Module, tokens: Sequence[str]) -> list[int]:
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise LLMBuilderError("new tokens need a tokenizer to add them to, and the model has none")
-    known = tokenizer.get_vocab()
+    known, size = tokenizer.get_vocab(), len(tokenizer)
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new])
     grow_vocabulary(model, len(tokenizer))
-    return [int(index) for index in tokenizer.convert_tokens_to_ids(new)]
+    ids = [int(index) for index in tokenizer.convert_tokens_to_ids(new)]
+    with torch.no_grad():
+        for table in _tables(model):
+            table[ids] = table[:size].mean(0)
+    return ids
 
 
 @torch.no_grad()
@@ -42,9 +46,12 @@ def grow_vocabulary(model: nn.Module, size: int) -> None:
     if size <= before:
         return
     owner.resize_token_embeddings(size, mean_resizing=False)
-    head = owner.get_output_embeddings()
-    tables = [owner.get_input_embeddings().weight]
-    if head is not None:
-        tables += [tensor for tensor in (head.weight, getattr(head, "bias", None)) if tensor is not None]
-    for table in {id(table): table for table in tables}.values():
+    for table in _tables(model):
         table[before:] = table[:before].mean(0)
+
+
+def _tables(model: Any) -> list[torch.Tensor]:
+    """What has a row for each token: the embedding, the output layer's weight and its bias, shared ones once."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
+    return list({id(table): table for table in found if table is not None}.values())

@@ -60,6 +60,24 @@ def test_special_tokens_are_one_id_each_and_start_at_the_mean(
         torch.testing.assert_close(table[258:], before[name].mean(0).expand(2, 16))
 
 
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_with_rows_to_spare_new_tokens_start_at_the_mean_too(
+    make_gpt: Any, tune: Any, text: Any, use_lora: bool
+) -> None:
+    """Of the tokens that the tokenizer had: what stands in the spare rows, nobody has trained."""
+    model = make_gpt(text=True, vocab_size=300, tie_word_embeddings=False)
+    model.head.bias = nn.Parameter(torch.randn(300))
+    with torch.no_grad():
+        model.embedding.weight[258:] = 1000.0
+    before, bias = tables(model), model.head.bias.detach().clone()
+    tune(model, text(), special_tokens=TOKENS, use_lora=use_lora, learning_rate=1e-30, weight_decay=0.0)
+    old = [*range(258), *range(260, 300)]
+    for name, table in {**tables(model), "bias": model.get_output_embeddings().bias[:, None]}.items():
+        given = before.get(name, bias[:, None])
+        assert torch.equal(table[old], given[old])
+        torch.testing.assert_close(table[258:260], given[:258].mean(0).expand(2, -1))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_under_lora_only_the_new_rows_train_and_reload_with_the_adapter(
     make_gpt: Any, tune: Any, text: Any, tmp_path: Path, tied: bool
