@@ -33,13 +33,22 @@ def place(model: nn.Module, config: FineTuningConfig) -> torch.device:
 def use_bf16(model: nn.Module, config: FineTuningConfig) -> bool:
     """Bring frozen weights to the dtype of the run and trained ones to fp32; returns whether to autocast to bf16.
 
-    ``auto`` means bf16 where the model has any bf16 weight.
+    ``auto`` means bf16 where the model has any bf16 weight. A norm of which something trains is fp32 as a whole: torch
+    takes its weight and its bias in one dtype only.
     """
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and any(w.dtype == torch.bfloat16 for w in weights))
+    whole = {id(weight) for module in model.modules() for weight in _trained_norm(module)}
     for weight in weights:
-        weight.data = weight.data.to(torch.bfloat16 if bf16 and not weight.requires_grad else torch.float32)
+        frozen = not weight.requires_grad and id(weight) not in whole
+        weight.data = weight.data.to(torch.bfloat16 if bf16 and frozen else torch.float32)
     return bf16
+
+
+def _trained_norm(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of a norm, a module that holds vectors alone, of which one trains."""
+    own = list(module.parameters(recurse=False))
+    return own if all(weight.ndim == 1 for weight in own) and any(weight.requires_grad for weight in own) else []
 
 
 def enable_checkpointing(model: nn.Module) -> None:

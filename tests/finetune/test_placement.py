@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
 from llmbuilder.errors import ConfigError
+from llmbuilder.finetune import FineTuner
 from llmbuilder.finetune.placement import enable_checkpointing, place, use_bf16
 
 
@@ -45,6 +47,29 @@ def test_trained_weights_are_fp32_and_frozen_ones_as_the_run_says(
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name].to(weight.dtype))
     assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.filterwarnings("ignore:no validation data")
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None),
+        GPTNeoXConfig(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2),
+    ],
+    ids=["gpt2", "gpt_neox"],
+)
+def test_biases_train_beside_a_bf16_base_that_has_norms(config: Any, make_examples: Any, make_config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    settings = make_config(use_lora=True, lora_config={"bias": "all"}, lora_rank=2, dtype="auto")
+    tuner = FineTuner(model, make_examples(8), config=settings)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 5
+    for norm in norms:
+        assert norm.weight.dtype == norm.bias.dtype == torch.float32
+        assert norm.bias.requires_grad and not norm.weight.requires_grad
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    tuner.train()
+    assert all(norm.bias.any() for norm in norms)
 
 
 def test_unaligned_weights_get_storage_of_their_own(make_gpt: Callable[..., nn.Module], make_config: Any) -> None:
