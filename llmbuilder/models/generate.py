@@ -37,8 +37,8 @@ def generate(
         up to ties within rounding; sampled ones repeat with the generator's state and the same prompts.
 
     Raises:
-        LLMBuilderError: an empty prompt, a negative temperature or length, or prompt and new tokens beyond what the
-            model is made for.
+        LLMBuilderError: an empty prompt, a negative temperature or length, a token that the model does not have, prompt
+            and new tokens beyond what it is made for, or logits that are not finite.
     """
     if not prompts:
         return []
@@ -57,7 +57,13 @@ def generate(
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             output = _call(model, tokens[:, -new:], mask, positions[:, -new:], cache)
             cache = getattr(output, "past_key_values", None)
-            chosen = _choose(output.logits[:, -1].float(), temperature, generator)
+            logits = output.logits[:, -1].float()
+            if not logits.amax(-1).isfinite().all():  # minus infinity keeps a token out; the largest must be a number
+                raise LLMBuilderError(
+                    "generate: the model's logits are not finite: its weights hold nan or too large numbers (training "
+                    "diverged, or the dtype is too small for it); load another checkpoint, or the model in fp32"
+                )
+            chosen = _choose(logits, temperature, generator)
             for row, token in enumerate(chosen.tolist()):
                 if row in going and token in stop_ids:
                     going.remove(row)
@@ -84,6 +90,14 @@ def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: i
     if temperature < 0 or max_new_tokens < 0:
         raise LLMBuilderError(
             f"generate: temperature and max_new_tokens must not be negative, got {temperature} and {max_new_tokens}"
+        )
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    size = getattr(table, "num_embeddings", None)
+    strange = [token for prompt in prompts for token in prompt if token < 0 or (size is not None and token >= size)]
+    if strange:
+        raise LLMBuilderError(
+            f"generate: a prompt holds the token {strange[0]}, none of the model's{f' {size}' if size else ''}: "
+            "tokenise it with the model's own tokenizer"
         )
     longest, limit = max(len(prompt) for prompt in prompts), context_length(model)
     if limit is not None and longest + max_new_tokens > limit:

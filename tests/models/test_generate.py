@@ -120,6 +120,8 @@ def test_no_prompts_and_no_new_tokens(gpt: GPT) -> None:
         ([[1], []], 3, 0.0, "a prompt is empty"),
         ([[1]], 3, -1.0, "temperature and max_new_tokens must not be negative, got -1.0 and 3"),
         ([[1]], -3, 0.0, "got 0.0 and -3"),
+        ([[1], [263, 264]], 3, 0.0, "a prompt holds the token 264, none of the model's 264: tokenise it with"),
+        ([[-1]], 3, 0.0, "holds the token -1, none of the model's 264"),
         ([[1], [1] * 60], 5, 0.0, "a prompt of 60 tokens and 5 new ones exceed the 64"),
     ],
 )
@@ -128,6 +130,22 @@ def test_impossible_requests_are_refused(
 ) -> None:
     with pytest.raises(LLMBuilderError, match=message):
         generate(gpt, prompts, new, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_are_an_error_and_tokens_that_are_kept_out_are_not(
+    gpt: GPT, value: float, temperature: float
+) -> None:
+    gpt.head = nn.Linear(gpt.config.n_embd, 264)
+    with torch.no_grad():
+        gpt.head.bias[:200] = float("-inf")
+    (tokens,) = generate(gpt, [[1]], 5, temperature)
+    assert len(tokens) == 5 and min(tokens) >= 200
+    with torch.no_grad():
+        gpt.head.bias.fill_(value)
+    with pytest.raises(LLMBuilderError, match="the model's logits are not finite"):
+        generate(gpt, [[1]], 5, temperature)
 
 
 def test_end_ids_are_the_generation_configs_and_the_tokenizers(
