@@ -56,8 +56,8 @@ def check_examples(
         A hash of all token ids and labels, by which a resumed run knows its data.
 
     Raises:
-        LLMBuilderError: no data set or one without examples; an example that is none, or is too long, or has a token or
-            label that the model does not.
+        LLMBuilderError: no data set, or one without examples or without targets; an example that is none, or is too
+            long, or has a token or label that the model does not.
     """
     no_sequence = not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
     if no_sequence or isinstance(dataset, str | bytes | os.PathLike | Mapping):
@@ -67,13 +67,19 @@ def check_examples(
         )
     if not len(dataset):
         raise LLMBuilderError(f"the {what} has no examples")
-    digest, longest, where = hashlib.sha256(), 0, 0
+    digest, longest, where, targets = hashlib.sha256(), 0, 0, 0
     for index in range(len(dataset)):
         pair = _as_array(dataset[index], f"the {what}: example {index}")
         if pair.shape[1] > longest:
             longest, where = pair.shape[1], index
         _check_tokens(pair, vocabulary, f"the {what}: example {index}")
         digest.update(pair.tobytes())
+        targets += int((pair[1, 1:] != IGNORED).sum())
+    if not targets:
+        raise LLMBuilderError(
+            f"the {what} has no targets: nothing in it is learnt, for all labels are {IGNORED}, but for those of first "
+            "tokens, which nothing predicts. Give labels, or longer examples (max_seq_length may cut the answers off)"
+        )
     if context is not None and longest > context:
         raise LLMBuilderError(
             f"the {what}: the longest example ({where}) has {longest} tokens, the model's context {context}: "

@@ -160,8 +160,11 @@ def test_evaluating_leaves_weights_modes_gradients_and_random_states_alone(
 
 def test_data_without_a_target_are_refused(make_gpt: Any, make_examples: Any, make_config: Any) -> None:
     tuner = FineTuner(make_gpt(), make_examples(4), config=make_config())
-    with pytest.raises(LLMBuilderError, match="no token to predict"):
-        tuner.evaluate([{"input_ids": [1, 2], "labels": [1, -100]}])
+    data = [{"input_ids": [1, 2], "labels": [1, -100]}]
+    with pytest.raises(LLMBuilderError, match="the data set has no targets"):
+        tuner.evaluate(data)
+    with pytest.raises(LLMBuilderError, match="no token to predict"):  # as a part that was held out of others
+        tuner.judge.score(data)
 
 
 def test_exact_match_ignores_white_space_only() -> None:

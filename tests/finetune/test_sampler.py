@@ -154,3 +154,12 @@ def test_no_examples_and_too_long_ones_are_refused() -> None:
     assert check_examples(data, 9)
     with pytest.raises(LLMBuilderError, match="9 tokens, the model's context 8: set max_seq_length"):
         check_examples(data, 8)
+
+
+@pytest.mark.parametrize("labels", [[[-100, -100], [-100]], [[3, -100], [5]]])
+def test_a_data_set_without_targets_is_refused(labels: list[list[int]]) -> None:
+    """The label of a first token is none: nothing stands before it. Single examples may do without."""
+    rows = [{"input_ids": [3, 4, 5][: len(row)], "labels": row} for row in labels]
+    with pytest.raises(LLMBuilderError, match="the general data has no targets: nothing in it is learnt"):
+        check_examples(rows, 8, 61, what="general data")
+    assert check_examples([*rows, {"input_ids": [3, 4], "labels": [-100, 4]}], 8, 61)
