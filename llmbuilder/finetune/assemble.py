@@ -21,6 +21,7 @@ from ..methods import (
     Progressive,
     Replay,
     SpecialTokens,
+    Style,
     TaskAdapters,
 )
 from .config import FineTuningConfig
@@ -41,6 +42,8 @@ def make_methods(config: FineTuningConfig, past: Past | None = None, base_val: b
         methods.append(General(config.general_tokens, config.max_seq_length, config.domain))
     make_adapted = LoRA if config.shared_encoder else TaskAdapters
     adapted = None if lora is None else make_adapted(lora)
+    if config.style_adaptation and lora is not None:
+        methods.append(Style(lora.target_modules))
     if config.special_tokens:
         methods.append(SpecialTokens(config.special_tokens, adapted))
     methods.append(adapted or Full(config.dropout_rate))

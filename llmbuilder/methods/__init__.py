@@ -15,7 +15,7 @@ from .lora import LoRA
 from .multitask import MultiTask, TaskAdapters
 from .progressive import Progressive
 from .replay import Replay
-from .style import FactualKnowledge
+from .style import FactualKnowledge, Style
 from .tokens import SpecialTokens
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "Replay",
     "Run",
     "SpecialTokens",
+    "Style",
     "TaskAdapters",
 ]

@@ -1,13 +1,33 @@
-"""Keep facts: the feed-forward layers, where they are stored (arXiv 2012.14913, 2202.05262), stay as they are."""
+"""Styles on attention alone, and facts that are kept: the feed-forward layers, where they are stored (arXiv 2012.14913,
+2202.05262), stay as they are."""
 
 from typing import cast
 
 from torch import nn
 
-from ..models.names import resolve
+from ..errors import ConfigError
+from ..models.names import feed_forward, resolve
 from ..nn.lora import TrainedCopy
 from ..nn.tree import named_wrappers
 from .base import Run
+
+
+class Style:
+    """Sees that the attention layers that ``style_adaptation`` trains are there, before an adapter is added to them."""
+
+    name = "style"
+
+    def __init__(self, target_modules: list[str] | str) -> None:
+        self.target_modules = target_modules
+
+    def extend(self, model: nn.Module) -> None:
+        try:
+            resolve(model, self.target_modules)
+        except ConfigError as error:
+            raise ConfigError(
+                f"style_adaptation trains attention layers, which are not found: {error}. Leave style_adaptation out, "
+                "and name layers in target_modules"
+            ) from None
 
 
 class FactualKnowledge:
@@ -16,13 +36,16 @@ class FactualKnowledge:
     Their weights and biases stay bit-identical; an adapter in them stays at zero.
 
     Raises:
-        ConfigError: an architecture whose feed-forward layers are not known by name (``models.names``).
+        ConfigError: an architecture whose feed-forward layers are not found (``models.names.feed_forward``).
     """
 
     name = "factual knowledge"
 
     def prepare(self, run: Run) -> None:
-        targets = resolve(run.model, "mlp")
+        try:
+            targets = feed_forward(run.model)
+        except ConfigError as error:
+            raise ConfigError(f"preserve_factual_knowledge: {error}; leave it out") from None
         layers = {id(target.module) for target in targets}
         for module in run.model.modules():
             if id(_inner(module)) in layers:

@@ -92,6 +92,8 @@ _PHI3: Names = {
     "mlp.dense": ("mlp.gate_up_proj:gate", "mlp.gate_up_proj:up", "mlp.down_proj"),
 }
 _STARCODER2: Names = {**_LLAMA, "mlp.dense": ("mlp.c_fc", "mlp.c_proj")}
+# Experts are no linear layers but stacks of weights, so that "mlp" has nothing that an adapter fits.
+_MIXTURE: Names = {guide: own for guide, own in _LLAMA.items() if guide in GROUPS["attention"]}
 _OPT: Names = {**_LLAMA, "attention.output": ("self_attn.out_proj",), "mlp.dense": ("fc1", "fc2")}
 _LIKE_LLAMA = (
     *("llama", "qwen2", "qwen3", "mistral", "ministral", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
@@ -99,6 +101,7 @@ _LIKE_LLAMA = (
 )
 FAMILIES: Mapping[str, Names] = {
     **dict.fromkeys(_LIKE_LLAMA, _LLAMA),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"), _MIXTURE),
     "starcoder2": _STARCODER2,
     "opt": _OPT,
     "gpt2": _GPT2,
@@ -152,6 +155,21 @@ def resolve(model: nn.Module, target_modules: list[str] | str, exclude: Sequence
             parts = () if "" in left[path] else tuple(part for part in part_rows(model, path) if part in left[path])
             targets.setdefault(id(module), Target(path, module, parts))
     return list(targets.values())
+
+
+def feed_forward(model: nn.Module) -> list[Target]:
+    """The layers of the blocks' feed-forward parts; where they are not known by name, as those of mixtures, the whole
+    modules called ``mlp``, experts and router.
+
+    Raises:
+        ConfigError: the model has neither.
+    """
+    if "mlp.dense" in _names(model):
+        return resolve(model, "mlp")
+    found = [Target(path, module) for path, module in named_layers(model) if _ends(path, "mlp")]
+    if not found:
+        raise ConfigError(f"the feed-forward layers of {type(model).__name__} are not known by name")
+    return found
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -213,7 +231,8 @@ def _matches(model: nn.Module, layers: dict[str, nn.Module], name: str) -> list[
 
 def _nothing(model: nn.Module, layers: dict[str, nn.Module], name: str) -> str:
     table = _names(model)
-    common = [*(GROUPS if table else ()), *table, *SPECIAL]
+    groups = [group for group, members in GROUPS.items() if any(name in table for name in members)]
+    common = [*groups, *table, *SPECIAL]
     own = sorted({path.rpartition(".")[2] for path, m in layers.items() if is_linear(m) or _is_embedding(m)})
     return (
         f"target_modules: '{name}' matches no layer of {type(model).__name__}{nearest(name, [*common, *own]) or '.'} "

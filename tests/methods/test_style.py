@@ -10,10 +10,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from llmbuilder.errors import ConfigError
@@ -103,6 +107,44 @@ def test_feed_forward_layers_are_found_in_every_family(model: Any, facts: set[st
     for method in (LoRA(LoRAConfig(rank=2, target_modules="all")), FactualKnowledge()):
         method.prepare(Run(adapted))
     assert trained(adapted) and not any(f".{fact}." in name for name in trained(adapted) for fact in facts)
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_of_a_mixture_experts_and_router_stay_as_they_are(make_rows: Any, tune: Any, use_lora: bool) -> None:
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SHAPE,
+            num_key_value_heads=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+            num_experts=4,
+        )
+    )
+    before = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    settings = {"target_modules": "all", "lora_rank": 2} if use_lora else {}
+    tune(model, make_rows(8), preserve_factual_knowledge=True, use_lora=use_lora, weight_decay=0.5, **settings)
+    after = {name.replace(".base.", "."): weight for name, weight in model.state_dict().items()}
+    facts = [name for name in before if ".mlp." in name]
+    assert len(facts) == 2 * 7 and all(torch.equal(before[name], after[name]) for name in facts)
+    assert not any(".mlp." in name for name in trained(model)) and any("attn" in name for name in trained(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"style_adaptation": True}, "style_adaptation trains attention layers, which are not found: .* of MambaForC"),
+        (
+            {"preserve_factual_knowledge": True},
+            "preserve_factual_knowledge: the feed-forward layers of MambaForCausalLM",
+        ),
+    ],
+)
+def test_an_architecture_without_such_layers_is_refused_by_the_settings_name(
+    make_rows: Any, tune: Any, settings: dict[str, Any], told: str
+) -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ConfigError, match=told):
+        tune(model, make_rows(4), **settings)
 
 
 def test_together_the_one_is_said_to_imply_the_other(make_gpt: Any, make_rows: Any, tune: Any) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from llmbuilder.errors import ConfigError
 from llmbuilder.models import GPT, GPTConfig
-from llmbuilder.models.names import FAMILIES, part_rows, resolve
+from llmbuilder.models.names import FAMILIES, feed_forward, part_rows, resolve
 
 SHAPE = {
     "vocab_size": 19,
@@ -66,6 +66,13 @@ CONFIGS = {
     "opt": lambda: transformers.OPTConfig(
         vocab_size=19, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=16
     ),
+}
+
+MIXTURES = {
+    "mixtral": "MixtralConfig",
+    "qwen2_moe": "Qwen2MoeConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
+    "gpt_oss": "GptOssConfig",
 }
 
 Q, K, V = ("attention.query", "attention.key", "attention.value")
@@ -202,7 +209,30 @@ def flat(model: nn.Module, names: list[str] | str) -> set[str]:
 
 
 def test_every_family_of_the_table_is_tested() -> None:
-    assert set(EXPECTED) == {*FAMILIES, "native"}
+    assert {*EXPECTED, *MIXTURES} == {*FAMILIES, "native"}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_of_a_mixture_the_attention_has_names_and_the_feed_forward_part_is_a_whole(name: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, MIXTURES[name])(**SHAPE, head_dim=4))
+    attention = {guide: layers for guide, layers in LLAMA.items() if guide != "mlp.dense"}
+    for guide, layers in attention.items():
+        assert flat(model, [guide]) == {f"model.layers.0.{layer}" for layer in layers}
+    assert flat(model, "attention") == {f"model.layers.0.{layer}" for (layer,) in attention.values()}
+    assert [target.path for target in feed_forward(model)] == ["model.layers.0.mlp"]
+    with pytest.raises(ConfigError, match=r"'mpl' matches no layer .* It has: attention, attention.query, "):
+        resolve(model, ["mpl"])
+
+
+def test_feed_forward_layers_are_linear_ones_where_they_are_known_and_must_be_there() -> None:
+    assert [target.path for target in feed_forward(build("opt"))] == [
+        f"model.decoder.layers.0.{layer}" for layer in ("fc1", "fc2")
+    ]
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=19, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(ConfigError, match="the feed-forward layers of MambaForCausalLM are not known by name"):
+        feed_forward(mamba)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
