@@ -1,7 +1,7 @@
 """The settings as flags, and the configuration that flags and a file make: flag > file > default."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
@@ -31,12 +31,23 @@ def read_config(args: Namespace) -> FineTuningConfig:
     """
     given = {name: getattr(args, name, None) for name in rows()}
     flags = {name: _value(name, text) for name, text in given.items() if text is not None}
-    file = settle_names(read_settings(args.config)) if args.config else {}
+    file = settle_names(_without_what_flags_drop(read_settings(args.config), flags)) if args.config else {}
+    above = settle_names(flags)
+    both = file | above
+    if file.get("lora_config") is not None and above.get("lora_config") is not None:
+        both["lora_config"] = file["lora_config"] | above["lora_config"]
     try:
-        return FineTuningConfig(**file | settle_names(flags))
+        return FineTuningConfig(**both)
     except ConfigError as error:
-        from_file = any(name in str(error) and name not in flags for name in file)
+        from_file = any(name in str(error) and name not in above for name in file)
         raise type(error)(f"{args.config}: {error}" if from_file else str(error)) from None
+
+
+def _without_what_flags_drop(file: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's settings, before their names are settled: `--lora-config none` drops those that stand in lora_config,
+    which have names of their own afterwards."""
+    dropped = "lora_config" in flags and flags["lora_config"] is None
+    return {name: value for name, value in file.items() if not (dropped and name == "lora_config")}
 
 
 def _value(name: str, text: Any) -> Any:

@@ -192,17 +192,22 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def settle_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings, each under its first name: `target_modules` and the fields of `lora_config` become `lora_*`.
 
+    What was not given stays out, so that it beats nothing that another source gives.
+
     Raises UnknownNameError for a name that is no setting, ConfigError where two names give different values.
     """
     check_names(settings)
     settled = {name: value for name, value in settings.items() if name != "target_modules"}
-    aliases = [("lora_target_modules", "target_modules", settings.get("target_modules"))]
+    aliases = [("lora_target_modules", "target_modules", settings)]
     if settings.get("lora_config") is not None:
         fields = _fields(settings["lora_config"])
-        aliases += [(f"lora_{field}", f"lora_config.{field}", fields.pop(field, None)) for field in LORA_FIELDS]
-        settled["lora_config"] = fields
-    for name, alias, value in aliases:
-        mine = settled.get(name)
+        aliases += [(f"lora_{field}", f"lora_config.{field}", fields) for field in LORA_FIELDS]
+        settled["lora_config"] = {field: value for field, value in fields.items() if field not in LORA_FIELDS}
+    for name, alias, source in aliases:
+        key = alias.rpartition(".")[2]
+        if key not in source:
+            continue
+        mine, value = settled.get(name), source[key]
         if value is not None and mine is not None and mine != value:
             raise ConfigError(f"{name}={mine!r} contradicts {alias}={value!r}: give one of them")
         settled[name] = mine if value is None else value

@@ -1,0 +1,81 @@
+"""What a command line and the file of --config mean together: flag > file > default, and nothing ignored."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmbuilder.cli import main
+from llmbuilder.finetune import FineTuningConfig
+from llmbuilder.nn import LoRAConfig
+
+Configured = Callable[..., FineTuningConfig]
+
+
+def finetune(tmp_path: Path, text: str, words: list[str]) -> int:
+    """The status of `finetune model` with a file of settings and flags."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    command = ["finetune", "model", "--model", f"{tmp_path}/none", "--dataset", "d", "--output", f"{tmp_path}/run"]
+    return main([*command, "--config", str(file), *words])
+
+
+def refused(text: str, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], status: int = 1) -> str:
+    """The one line that a refusal prints."""
+    capfd.readouterr()
+    assert finetune(tmp_path, text, words) == status
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("llmbuilder: ")
+    return err
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configured:
+    """The configuration that `finetune model` makes of the text of a file and of flags."""
+    seen: list[FineTuningConfig] = []
+    monkeypatch.setattr("llmbuilder.data.load_dataset", lambda path, config: seen.append(config) or [])
+
+    def configure(text: str, *words: str) -> FineTuningConfig:
+        seen.clear()
+        assert finetune(tmp_path, text, list(words)) == 1  # there is no model
+        return seen[0]
+
+    return configure
+
+
+# A file, what it makes of the adapters, a flag that beats it, and what they are then.
+LORA = [
+    ("lora_rank: 4", {"rank": 4}, ["--lora-rank", "5"], {"rank": 5}),
+    ("lora_alpha: 3", {"alpha": 3}, ["--lora-alpha", "5"], {"alpha": 5}),
+    ("lora_dropout: 0.3", {"dropout": 0.3}, ["--lora-dropout", "0.0"], {"dropout": 0.0}),
+    *(
+        (f"{name}: [mlp]", {"target_modules": ["mlp"]}, [flag, "all"], {"target_modules": "all"})
+        for name in ("lora_target_modules", "target_modules")
+        for flag in ("--lora-target-modules", "--target-modules")
+    ),
+    *(
+        (f"lora_config: {{{field}: {old}}}", {field: old}, flag, {field: new})
+        for field, old, new in (
+            ("rank", 4, 5),
+            ("alpha", 3, 5),
+            ("dropout", 0.3, 0.1),
+            ("target_modules", "mlp", "all"),
+        )
+        for flag in ([f"--lora-{field.replace('_', '-')}", f"{new}"], ["--lora-config", f"{{{field}: {new}}}"])
+    ),
+    ("lora_config: {bias: all}", {"bias": "all"}, ["--lora-config", "{bias: lora_only}"], {"bias": "lora_only"}),
+    ("lora_config: {bias: all}", {"bias": "all"}, ["--lora-config", "none", "--use-lora"], {}),
+    ("lora_config: {rank: 4}", {"rank": 4}, ["--lora-config", "none", "--use-lora"], {}),
+]
+
+
+@pytest.mark.parametrize(("text", "meant", "flag", "flagged"), LORA)
+def test_a_lora_setting_of_the_file_holds_until_its_flag_beats_it(text, meant, flag, flagged, configured):
+    assert configured(text).lora() == LoRAConfig(**meant)
+    assert configured(text, "--lora-config", "{use_rslora: true}").lora() == LoRAConfig(**meant, use_rslora=True)
+    assert configured(text, *flag).lora() == LoRAConfig(**flagged)
+
+
+@pytest.mark.parametrize("bad", ["lora_target_modules: 5", "lora_target_modules: []", "target_modules: {a: b}"])
+def test_bad_targets_of_the_file_are_refused(bad, tmp_path, capfd):
+    assert f"{tmp_path}/settings.yaml: lora_target_modules=" in refused(bad, [], tmp_path, capfd)
