@@ -16,6 +16,10 @@ class UnknownNameError(ConfigError):
     """A name that no setting has, or none yet. The command line exits with 2."""
 
 
+class UsageError(ConfigError):
+    """A command line that cannot be meant: a flag that names nothing, or two that say two things. Exit status 2."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name most like ``name``, or nothing when none is like it."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

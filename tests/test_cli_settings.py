@@ -79,3 +79,22 @@ def test_a_lora_setting_of_the_file_holds_until_its_flag_beats_it(text, meant, f
 @pytest.mark.parametrize("bad", ["lora_target_modules: 5", "lora_target_modules: []", "target_modules: {a: b}"])
 def test_bad_targets_of_the_file_are_refused(bad, tmp_path, capfd):
     assert f"{tmp_path}/settings.yaml: lora_target_modules=" in refused(bad, [], tmp_path, capfd)
+
+
+COMMANDS = {
+    "finetune model --model m --dataset d": (
+        *("--model", "--dataset", "--output", "--output-dir", "--val-dataset", "--general-dataset"),
+        *("--base-val-dataset", "--continue-from", "--config"),
+    ),
+    "chat --model m": ("--model", "--adapter", "--task"),
+    "generate --model m --prompt a": ("--model", "--adapter", "--task"),
+    "evaluate --model m --dataset d": ("--model", "--dataset", "--adapter", "--task", "--config"),
+    "merge --model m --adapter a --output o": ("--model", "--adapter", "--output"),
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(words, flag) for words, flags in COMMANDS.items() for flag in flags])
+def test_an_empty_path_or_name_is_refused_with_its_flag(command, flag, capfd):
+    """As an unset variable of a shell leaves it; `--val-dataset ""` would else train without validation data."""
+    assert main([*command.split(), flag, ""]) == 2
+    assert capfd.readouterr().err.startswith(f"llmbuilder: {flag.removesuffix('-dir')} is empty: give a ")

@@ -3,7 +3,7 @@
 Each command is a module of this package with `USAGE`, `arguments(parser)` and `run(args) -> int`. It is imported when
 it is asked for, and imports torch when it has checked what it was given.
 
-Exit status: 0 done, 1 bad input, 2 unknown command, flag or setting, 130 interrupted.
+Exit status: 0 done, 1 bad input, 2 unknown command, flag or setting, or flags that cannot be meant, 130 interrupted.
 """
 
 import importlib
@@ -13,12 +13,12 @@ import shlex
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from .._version import __version__
-from ..errors import UnknownNameError, nearest
+from ..errors import UnknownNameError, UsageError, nearest
 
 COMMANDS = {
     "finetune model": "fine-tune a model on a data set",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"llmbuilder: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UnknownNameError) else 1
+        return 2 if isinstance(error, UnknownNameError | UsageError) else 1
 
 
 def _dispatch(words: list[str]) -> int:
@@ -69,7 +69,9 @@ def _dispatch(words: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     rest = words[len(command.split()) :]
     _check_flags(rest, parser)
-    return int(module.run(parser.parse_args(rest)))
+    args = parser.parse_args(rest)
+    _check_places(args, parser)
+    return int(module.run(args))
 
 
 def _no_command(words: list[str]) -> int:
@@ -100,6 +102,14 @@ def _check_flags(words: list[str], parser: ArgumentParser) -> None:
             if setting in NOT_YET:
                 raise UnknownNameError(not_yet(setting))
             raise UnknownNameError(f"unknown flag '{flag}'{nearest(flag, known)}")
+
+
+def _check_places(args: Namespace, parser: ArgumentParser) -> None:
+    """Raise UsageError for a path or a name that is empty, as a shell's unset variable leaves it."""
+    for action in parser._actions:
+        if action.metavar in ("path", "folder", "name") and getattr(args, action.dest) == "":
+            otherwise = "" if action.required else ", or leave the flag out"
+            raise UsageError(f"{action.option_strings[0]} is empty: give a {action.metavar}{otherwise}")
 
 
 def _one_line(error: Exception) -> str:

@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
 
     dataset = load_dataset(args.dataset, config)
     model = open_model(args)
-    if args.task and isinstance(dataset, MultiTaskDataset):
+    if args.task is not None and isinstance(dataset, MultiTaskDataset):
         dataset = dataset.part(args.task)
     results = Judge(model, Loader(model, config)).evaluate(dataset)
     values = {

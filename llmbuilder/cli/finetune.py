@@ -48,7 +48,7 @@ def run(args: Namespace) -> int:
     warn_of_slow_operators()
     dataset = load_dataset(args.dataset, config)
     val_dataset, general_dataset, base_val_dataset = (
-        load_dataset(path, config) if path else None
+        None if path is None else load_dataset(path, config)
         for path in (args.val_dataset, args.general_dataset, args.base_val_dataset)
     )
     model = load_model(args.model)

@@ -50,7 +50,7 @@ def sampling_arguments(parser: ArgumentParser, max_new_tokens: int) -> None:
 def open_model(args: Namespace) -> Any:
     """The model of --model with the adapter of --adapter and what --task has of its own, in evaluation mode, on this
     process's kept memory."""
-    if args.adapter and not Path(args.adapter).is_dir():
+    if args.adapter is not None and not Path(args.adapter).is_dir():
         raise LLMBuilderError(f"{args.adapter}: no such folder; --adapter takes the folder adapter/ of a run")
 
     from ..models import load_model
@@ -64,12 +64,12 @@ def open_model(args: Namespace) -> Any:
     from ..nn import list_tasks, load_adapter, load_task
 
     run = Path(args.adapter or args.model).absolute().parent
-    of_tasks = bool(args.adapter) and Path(args.adapter).absolute() == run / "adapters"
-    if of_tasks and not args.task:
+    of_tasks = args.adapter is not None and Path(args.adapter).absolute() == run / "adapters"
+    if of_tasks and args.task is None:
         raise LLMBuilderError(f"{args.adapter} holds an adapter for each task: choose by --task, of {list_tasks(run)}")
-    if args.adapter and not of_tasks:
+    if args.adapter is not None and not of_tasks:
         load_adapter(model, args.adapter)
-    if args.task:
+    if args.task is not None:
         load_task(model, run, args.task)
     return model.eval()
 

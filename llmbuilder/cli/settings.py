@@ -31,7 +31,7 @@ def read_config(args: Namespace) -> FineTuningConfig:
     """
     given = {name: getattr(args, name, None) for name in rows()}
     flags = {name: _value(name, text) for name, text in given.items() if text is not None}
-    file = settle_names(_without_what_flags_drop(read_settings(args.config), flags)) if args.config else {}
+    file = settle_names(_without_what_flags_drop(read_settings(args.config), flags)) if args.config is not None else {}
     above = settle_names(flags)
     both = file | above
     if file.get("lora_config") is not None and above.get("lora_config") is not None:
