@@ -98,3 +98,23 @@ def test_an_empty_path_or_name_is_refused_with_its_flag(command, flag, capfd):
     """As an unset variable of a shell leaves it; `--val-dataset ""` would else train without validation data."""
     assert main([*command.split(), flag, ""]) == 2
     assert capfd.readouterr().err.startswith(f"llmbuilder: {flag.removesuffix('-dir')} is empty: give a ")
+
+
+# One thing said twice
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--epochs 3 --num-epochs 5", "--epochs and --num-epochs say two things of one setting"),
+        ("--num-epochs=5 --epochs=5", "--num-epochs and --epochs say two things of one setting"),
+        ("--use-lora --no-use-lora", "--use-lora and --no-use-lora say two things of one setting"),
+        ("--special-tokens a --special-tokens b", "--special-tokens is given twice: give all in one"),
+    ],
+)
+def test_two_flags_of_one_setting_are_refused(words, told, tmp_path, capfd):
+    assert told in refused("", words.split(), tmp_path, capfd, status=2)
+
+
+def test_a_flag_that_is_repeated_overrules_itself(configured):
+    assert configured("", "--epochs", "3", "--epochs", "5", "--use-lora", "--use-lora").num_epochs == 5

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .._version import __version__
@@ -89,19 +89,35 @@ def _no_command(words: list[str]) -> int:
 
 
 def _check_flags(words: list[str], parser: ArgumentParser) -> None:
-    """Raise UnknownNameError for a flag that the command has not, before argparse asks for those that are missing."""
+    """Check the flags themselves, before argparse asks for those that are missing.
+
+    Raises UnknownNameError for one that the command has not, UsageError where one setting is given twice in two words,
+    or as two lists. The same flag again overrules itself, as it does everywhere.
+    """
     known = parser._option_string_actions
+    seen: dict[str, str] = {}
     for word in words:
         flag = word.split("=", 1)[0]
         if flag == "--":
             return
-        if re.match(r"--[a-z]", flag) and flag not in known:
-            from ..finetune.config import NOT_YET, not_yet
+        if not re.match(r"--[a-z]", flag):
+            continue
+        if flag not in known:
+            raise UnknownNameError(_unknown_flag(flag, known))
+        action = known[flag]
+        before = seen.get(action.dest)
+        if before == flag and action.nargs == "+":
+            raise UsageError(f"{flag} is given twice: give all in one, {flag} A B")
+        if before not in (None, flag):
+            raise UsageError(f"{before} and {flag} say two things of one setting: give one of them")
+        seen[action.dest] = flag
 
-            setting = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-            if setting in NOT_YET:
-                raise UnknownNameError(not_yet(setting))
-            raise UnknownNameError(f"unknown flag '{flag}'{nearest(flag, known)}")
+
+def _unknown_flag(flag: str, known: Iterable[str]) -> str:
+    from ..finetune.config import NOT_YET, not_yet
+
+    setting = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+    return not_yet(setting) if setting in NOT_YET else f"unknown flag '{flag}'{nearest(flag, known)}"
 
 
 def _check_places(args: Namespace, parser: ArgumentParser) -> None:
