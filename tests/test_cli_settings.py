@@ -118,3 +118,33 @@ def test_two_flags_of_one_setting_are_refused(words, told, tmp_path, capfd):
 
 def test_a_flag_that_is_repeated_overrules_itself(configured):
     assert configured("", "--epochs", "3", "--epochs", "5", "--use-lora", "--use-lora").num_epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lora_rank: 8\nseed: 1\nlora_rank: 4", "'lora_rank' is given twice, the second time in line 3"),
+        ("lora_config:\n  bias: all\n  bias: none", "'bias' is given twice, the second time in line 3"),
+        ("lora_config: {1: 2}", "lora_config={1: 2} should be a LoRAConfig or a mapping of its fields"),
+        ("lora_config: 7", "lora_config=7 should be a LoRAConfig or a mapping of its fields"),
+        ("lora_config: {bias: some}", "lora_config: bias='some' should be"),
+        ("lora_config: {rank: 4}\nlora_rank: 8", "lora_rank=8 contradicts lora_config.rank=4"),
+        ("seed: !!map 5", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(text, told, tmp_path, capfd):
+    assert f"llmbuilder: {tmp_path}/settings.yaml: {told}" in refused(text, [], tmp_path, capfd)
+
+
+def test_an_unknown_field_of_the_file_s_lora_config_is_named_with_the_file(tmp_path, capfd):
+    told = refused("lora_config: {rnak: 8}", [], tmp_path, capfd, status=2)
+    assert f"{tmp_path}/settings.yaml: lora_config: unknown key 'rnak'; did you mean 'rank'?" in told
+
+
+def test_a_key_that_a_flag_gives_twice_is_refused_with_the_flag(tmp_path, capfd):
+    told = refused("", ["--lora-config", "{rank: 8, rank: 4}"], tmp_path, capfd)
+    assert "--lora-config '{rank: 8, rank: 4}': 'rank' is given twice" in told
+
+
+def test_a_mapping_that_another_is_merged_into_may_overrule_it(configured):
+    assert configured("lora_config: {<<: {rank: 8, bias: all}, rank: 4}").lora() == LoRAConfig(rank=4, bias="all")

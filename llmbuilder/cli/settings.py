@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..finetune.config import FineTuningConfig, read_settings, settle_names
 from ..finetune.settings import Row, rows
+from ..finetune.yaml_text import load_yaml
 
 
 def add_settings(parser: ArgumentParser, table: Iterable[Row]) -> None:
@@ -31,7 +32,7 @@ def read_config(args: Namespace) -> FineTuningConfig:
     """
     given = {name: getattr(args, name, None) for name in rows()}
     flags = {name: _value(name, text) for name, text in given.items() if text is not None}
-    file = settle_names(_without_what_flags_drop(read_settings(args.config), flags)) if args.config is not None else {}
+    file = {} if args.config is None else _read_file(args.config, flags)
     above = settle_names(flags)
     both = file | above
     if file.get("lora_config") is not None and above.get("lora_config") is not None:
@@ -43,11 +44,16 @@ def read_config(args: Namespace) -> FineTuningConfig:
         raise type(error)(f"{args.config}: {error}" if from_file else str(error)) from None
 
 
-def _without_what_flags_drop(file: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's settings, before their names are settled: `--lora-config none` drops those that stand in lora_config,
-    which have names of their own afterwards."""
-    dropped = "lora_config" in flags and flags["lora_config"] is None
-    return {name: value for name, value in file.items() if not (dropped and name == "lora_config")}
+def _read_file(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's settings under their first names, but for a lora_config that `--lora-config none` drops: once they are
+    settled, its rank and targets no longer stand there."""
+    settings = read_settings(path)
+    if "lora_config" in flags and flags["lora_config"] is None:
+        settings.pop("lora_config", None)
+    try:
+        return settle_names(settings)
+    except ConfigError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _value(name: str, text: Any) -> Any:
@@ -58,10 +64,4 @@ def _value(name: str, text: Any) -> Any:
         return None
     if not rows()[name].is_yaml:
         return text
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        flag = f"--{name.replace('_', '-')}"
-        raise ConfigError(f"{flag} {text!r} is not YAML: {' '.join(str(error).split())}") from None
+    return load_yaml(text, f"--{name.replace('_', '-')} {text!r}: ")

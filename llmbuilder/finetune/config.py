@@ -15,6 +15,7 @@ from ..errors import ConfigError, UnknownNameError, nearest
 from .rows import RunRows, Targets
 from .rows_forgetting import ForgettingRows
 from .rows_methods import MethodRows
+from .yaml_text import load_yaml
 
 if TYPE_CHECKING:
     from ..nn import LoRAConfig
@@ -66,7 +67,10 @@ class FineTuningConfig(MethodRows, ForgettingRows, RunRows):
     @model_validator(mode="after")
     def _fit_together(self) -> "FineTuningConfig":
         if self.lora_config is not None:
-            self.lora()  # LoRAConfig checks the fields that have no row here
+            try:
+                self.lora()  # LoRAConfig checks the fields that have no row here
+            except ConfigError as error:
+                raise type(error)(f"lora_config: {str(error).removeprefix('LoRAConfig: ')}") from None
         given = [name for name in LORA_SETTINGS if getattr(self, name) is not None]
         contradictions = {
             f"use_lora=False contradicts {', '.join(given)}: drop one of them": not self.use_lora and given,
@@ -172,14 +176,12 @@ def check_names(settings: Iterable[str]) -> None:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, names checked, values not yet. Raises ConfigError that names the file."""
-    import yaml
-
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        settings = load_yaml(Path(path).read_text(encoding="utf-8"), f"{path}: ") or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ConfigError(f"{path}: should hold lines of the form `setting: value`")
     try:
@@ -221,7 +223,7 @@ def _extra(name: str) -> Any:
 
 def _fields(lora: Any) -> dict[str, Any]:
     """What was given of the adapters' settings, as a mapping or a LoRAConfig."""
-    if isinstance(lora, Mapping):
+    if isinstance(lora, Mapping) and all(isinstance(field, str) for field in lora):
         return dict(lora)
     if isinstance(lora, BaseModel):
         return lora.model_dump(include=lora.model_fields_set)
