@@ -580,6 +580,49 @@ def test_an_unknown_task_is_told_with_those_there_are(of_tasks, home, run, capfd
         assert "--task" in told and "['cats', 'dogs']" in told
 
 
+@pytest.mark.parametrize("of_tasks", ["heads, one adapter", "heads, all weights"], indirect=True)
+def test_heads_that_lie_unused_are_told(of_tasks, home, tmp_path, capfd, monkeypatch):
+    """They are part of what the run learned; chat, generate and evaluate may use them, a merged model can't."""
+    folder, words = of_tasks
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    commands = {
+        "chat": [*words, "--max-new-tokens", "2"],
+        "generate": [*words, "--prompt", "a", "--max-new-tokens", "2"],
+        "evaluate": [*words, "--dataset", f"{folder}/cats.txt", "--max-seq-length", "16"],
+        "merge": [*words, "--output", f"{tmp_path}/merged"],
+    }
+    if words[-1].endswith("model"):
+        del commands["merge"]
+    for command, rest in commands.items():
+        capfd.readouterr()
+        assert main([command, *rest]) == 0
+        told = capfd.readouterr().err
+        assert f"warning: {folder}/run/heads has an output head for each of ['cats', 'dogs']" in told
+        assert ("without --task the model's own answers" in told) == (command != "merge")
+    assert main(["generate", *commands["generate"], "--task", "cats"]) == 0
+    assert "heads" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("of_tasks", ["an adapter each"], indirect=True)
+def test_the_adapter_of_one_task_serves_and_merges_by_its_folder(of_tasks, home, tmp_path, capfd):
+    _, words = of_tasks
+
+    def said(*words: str) -> str:
+        capfd.readouterr()
+        assert main(["generate", *words, "--prompt", "The ", "--max-new-tokens", "12"]) == 0
+        return capfd.readouterr().out
+
+    one = [*words[:-1], f"{words[-1]}/cats"]
+    assert said(*one) == said(*one, "--task", "cats") == said(*words, "--task", "cats") != said(*words[:2])
+    told = refused(capfd, ["generate", *one, "--prompt", "a", "--task", "dogs"], 1)
+    assert "is the adapter of the task 'cats': give --task cats" in told
+    merge = ["merge", "--output", f"{tmp_path}/merged"]
+    told = refused(capfd, [*merge, *words], 1)
+    assert f"name the one to merge, {words[-1]}/TASK, of ['cats', 'dogs']" in told and "--task" not in told
+    assert main([*merge, *one]) == 0
+    assert said("--model", f"{tmp_path}/merged") == said(*one)
+
+
 def test_a_task_that_the_data_lack_is_refused(of_tasks, capfd):
     folder, words = of_tasks
     (folder / "others.yaml").write_text("- {name: dogs, data: dogs.txt, share: 1}\n")

@@ -26,7 +26,11 @@ def run(args: Namespace) -> int:
     output = Path(args.output)
     if output.exists() and not args.overwrite and (not output.is_dir() or any(output.iterdir())):
         raise LLMBuilderError(f"{output}: not empty; name another folder or give --overwrite")
-    model = open_model(args)
+    model = open_model(
+        args,
+        one_adapter=f"name the one to merge, {Path(args.adapter) / 'TASK'}",
+        no_head="the merged model keeps its own and goes without them",
+    )
 
     from ..models import save_model
     from ..nn import merge_lora

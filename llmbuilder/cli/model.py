@@ -1,6 +1,8 @@
 """What the commands that run a model share: its flags, how it is opened, how it continues a text."""
 
+import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -47,31 +49,52 @@ def sampling_arguments(parser: ArgumentParser, max_new_tokens: int) -> None:
     parser.set_defaults(usual_new_tokens=max_new_tokens)
 
 
-def open_model(args: Namespace) -> Any:
+def open_model(
+    args: Namespace,
+    *,
+    one_adapter: str = "choose by --task",
+    no_head: str = "without --task the model's own answers",
+) -> Any:
     """The model of --model with the adapter of --adapter and what --task has of its own, in evaluation mode, on this
-    process's kept memory."""
+    process's kept memory.
+
+    ``one_adapter`` and ``no_head`` say what to do where adapters or heads of tasks lie there and no task is chosen.
+    """
     if args.adapter is not None and not Path(args.adapter).is_dir():
         raise LLMBuilderError(f"{args.adapter}: no such folder; --adapter takes the folder adapter/ of a run")
 
     from ..models import load_model
+    from ..nn import list_tasks, load_adapter, load_task
     from .memory import keep_freed_memory
+
+    run, of_tasks, own_task = _where(args)
+    if of_tasks and args.task is None:
+        raise LLMBuilderError(f"{args.adapter} holds an adapter for each task: {one_adapter}, of {list_tasks(run)}")
+    if own_task is not None and args.task not in (None, own_task):
+        raise LLMBuilderError(f"{args.adapter} is the adapter of the task '{own_task}': give --task {own_task}")
+    if args.task is None and (run / "heads" / "heads.safetensors").is_file():
+        warnings.warn(f"{run / 'heads'} has an output head for each of {list_tasks(run)}: {no_head}", stacklevel=2)
 
     keep_freed_memory()
     warn_of_slow_operators()
     model = load_model(args.model)
     if model.tokenizer is None:
         raise LLMBuilderError(f"{args.model}: the model has no tokenizer, so no text goes in or out")
-    from ..nn import list_tasks, load_adapter, load_task
-
-    run = Path(args.adapter or args.model).absolute().parent
-    of_tasks = args.adapter is not None and Path(args.adapter).absolute() == run / "adapters"
-    if of_tasks and args.task is None:
-        raise LLMBuilderError(f"{args.adapter} holds an adapter for each task: choose by --task, of {list_tasks(run)}")
-    if args.adapter is not None and not of_tasks:
+    comes_with_task = args.task is not None and (of_tasks or own_task is not None)
+    if args.adapter is not None and not comes_with_task:
         load_adapter(model, args.adapter)
     if args.task is not None:
         load_task(model, run, args.task)
     return model.eval()
+
+
+def _where(args: Namespace) -> tuple[Path, bool, str | None]:
+    """The run that --adapter, else --model, is a part of; whether it names the adapters of all tasks; whose of them."""
+    place = Path(os.path.abspath(args.model if args.adapter is None else args.adapter))
+    run = place.parent
+    if args.adapter is not None and run.name == "adapters" and not (run / "heads").is_dir():  # no run of that name
+        return run.parent, False, place.name
+    return run, args.adapter is not None and place.name == "adapters", None
 
 
 class Sampler:
