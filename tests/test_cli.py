@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -408,6 +409,14 @@ BAD_INPUT = {
     "resume and overwrite": (f"{TRAIN} --resume --overwrite", "contradict each other"),
     "no such adapter": ("chat --model {home}/model --adapter nothing", "nothing: no such folder"),
     "an empty prompt": ("generate --model {home}/model --prompt ''", "prompt is empty"),
+    "a temperature that is none": ("generate --model {home}/model --prompt a --temperature nan", "--temperature nan"),
+    "a negative temperature": ("chat --model {home}/model --temperature -1", "--temperature -1.0 should be"),
+    "a seed beyond torch's": (
+        f"generate --model {{home}}/model --prompt a --seed {2**64}",
+        f"--seed {2**64} should be",
+    ),
+    "a prompt not utf-8": ("generate --model {home}/model --prompt a\udcff", "--prompt is not UTF-8 at character 1"),
+    "a system message not utf-8": ("chat --model {home}/model --system \udcff", "--system is not UTF-8"),
     "too many tokens": ("generate --model {home}/model --prompt a --max-new-tokens 99", "max_new_tokens"),
     "no adapter in the folder": ("merge --model {home}/model --adapter {home}/model --output {output}", "adapter"),
     "no data to judge on": ("evaluate --model {home}/model --dataset {home}/empty.txt", "empty.txt: the file is empty"),
@@ -698,6 +707,16 @@ def test_the_program_chats_from_a_pipe(home, run):
     words = ["chat", "--model", f"{home}/model", "--adapter", f"{run}/adapter", "--max-new-tokens", "4"]
     done = program(*words, input="Hello\n")
     assert done.returncode == 0 and done.stdout.count("\n") >= 1
+
+
+def test_a_line_to_chat_that_is_not_utf8_is_refused(home):
+    words = [sys.executable, "-P", "-m", "llmbuilder", "chat", "--model", f"{home}/model"]
+    for locale in ("C.UTF-8", "C"):  # strict, and with surrogates
+        done = subprocess.run(
+            words, input=b"a\xff\n", capture_output=True, timeout=300, env={**os.environ, "LC_ALL": locale}
+        )
+        told = done.stderr.decode()
+        assert done.returncode == 1 and told.startswith("llmbuilder: what you said is not") and "unexpected" not in told
 
 
 def test_the_program_exits_with_the_status(home):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import LLMBuilderError
-from .model import Sampler, model_arguments, open_model, sampling_arguments
+from .model import Sampler, check_sampling, check_utf8, model_arguments, open_model, sampling_arguments
 
 USAGE = (
     "--model PATH [--adapter FOLDER] [--task NAME] [--system TEXT] [--max-new-tokens N] [--temperature T] [--seed N]"
@@ -22,9 +22,10 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Answer each line, knowing those before it."""
+    check_sampling(args)
+    messages = [{"role": "system", "content": check_utf8(args.system, "--system")}] if args.system else []
     model = open_model(args)
     sampler = Sampler(model, args)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
     for line in _lines():
         messages.append({"role": "user", "content": line})
         answer = _answer(model, sampler, messages).strip()
@@ -42,9 +43,11 @@ def _lines() -> Iterator[str]:
         print("Say something; /exit leaves.")
     while True:
         try:
-            line = input("> " if at_terminal else "").strip()
+            line = check_utf8(input("> " if at_terminal else "").strip(), "what you said")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise LLMBuilderError(f"what you said is not {error.encoding}: {error.object[:80]!r}") from None
         if line == "/exit":
             return
         if line:

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .model import Sampler, model_arguments, open_model, sampling_arguments
+from .model import Sampler, check_sampling, check_utf8, model_arguments, open_model, sampling_arguments
 
 USAGE = "--model PATH [--adapter FOLDER] [--task NAME] --prompt TEXT [--max-new-tokens N] [--temperature T] [--seed N]"
 
@@ -16,6 +16,8 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Print the continuation."""
+    check_sampling(args)
+    prompt = check_utf8(args.prompt, "--prompt")
     model = open_model(args)
-    print(Sampler(model, args).text(list(model.tokenizer(args.prompt)["input_ids"])))
+    print(Sampler(model, args).text(list(model.tokenizer(prompt)["input_ids"])))
     return 0

@@ -1,5 +1,6 @@
 """What the commands that run a model share: its flags, how it is opened, how it continues a text."""
 
+import math
 import os
 import sys
 import warnings
@@ -47,6 +48,23 @@ def sampling_arguments(parser: ArgumentParser, max_new_tokens: int) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="int", help="of the draws (default: %(default)s)")
     parser.set_defaults(usual_new_tokens=max_new_tokens)
+
+
+def check_sampling(args: Namespace) -> None:
+    """Raise LLMBuilderError for a --temperature or a --seed that nothing can be drawn by."""
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise LLMBuilderError(f"--temperature {args.temperature} should be a finite number, 0 or more")
+    if not -(2**63) <= args.seed < 2**64:  # what torch takes
+        raise LLMBuilderError(f"--seed {args.seed} should be at least -2**63 and less than 2**64")
+
+
+def check_utf8(text: str, where: str) -> str:
+    """The text. Raises LLMBuilderError where it has bytes that are no UTF-8, which Python keeps as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LLMBuilderError(f"{where} is not UTF-8 at character {error.start}: {text[:80]!a}") from None
+    return text
 
 
 def open_model(
