@@ -32,33 +32,16 @@ from .adapters import fill
 from .config import LoRAConfig
 from .inject import Plan, attach, whole_modules
 from .lora import WHOLE, Piece, TrainedCopy, Update
+from .peft_config import CONFIG, by_pattern, read_config, token_indices
 from .state import check_known
 from .tokens import TokenRows
 from .tree import named_wrappers, shares_of, state_of
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The header's entry for parts of fused layers: {path: {part: rank}}.
 PARTS = "llmbuilder.parts"
 TOKENS = "token_adapter.trainable_tokens_delta"
-# Keys of adapter_config.json that are obeyed, or say nothing about what the adapter computes. Any other is refused.
-KNOWN_KEYS = {
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "runtime_config",
-    ),
-    *("inference_mode", "init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core"),
-    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "qalora_group_size"),
-    *("bias", "modules_to_save", "trainable_token_indices"),
-}
-# Ways to start an adapter that leave the base as it is; the others (PiSSA, OLoRA …) change it.
-HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> None:
@@ -109,7 +92,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             this model (each text says what and where). The model is then as it was.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors, parts = _read_weights(folder)
     contents = _Contents(dict(named_layers(model)), config, folder)
     for key, tensor in tensors.items():
@@ -135,12 +118,16 @@ class _Contents:
 
     def __init__(self, layers: Mapping[str, nn.Module], config: Mapping[str, Any], folder: Path) -> None:
         self.layers, self.config, self.folder = layers, config, folder
-        self.copied = whole_modules(layers, config.get("modules_to_save") or [])
+        names = config.get("modules_to_save") or []
+        for name in names:
+            if not whole_modules(layers, [name]):
+                raise self._misfit(f"modules_to_save has '{name}', which this model lacks")
+        self.copied = whole_modules(layers, names)
         self.states: dict[str, dict[str, Tensor]] = {path: {} for path in self.copied}
         self.matrices: dict[str, dict[str, Tensor]] = {}
         self.biases: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
-        self.tokens = _token_indices(config, folder)
+        self.tokens = token_indices(config, folder)
 
     def sort(self, key: str, tensor: Tensor) -> None:
         """Put one tensor where it belongs. Raises LLMBuilderError for one that belongs nowhere in the model."""
@@ -188,7 +175,7 @@ class _Contents:
                 shapes = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
                 raise self._misfit(f"'{path}' has {K} inputs and {N} outputs here, which {shapes} do not fit")
             pieces, values[path] = _split(A, B, parts.get(path, {}), part_rows(model, path))
-            alpha = _by_pattern(self.config.get("alpha_pattern"), path, self.config["lora_alpha"])
+            alpha = by_pattern(self.config.get("alpha_pattern"), path, self.config["lora_alpha"])
             scaling = alpha / (len(A) ** 0.5 if self.config.get("use_rslora") else len(A))
             plans.append(Plan(path, self.layers[path], pieces, scaling))
         for path, state in self.states.items():
@@ -296,31 +283,6 @@ def _exported_biases(model: nn.Module, adapted: set[str]) -> dict[str, Tensor]:
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LLMBuilderError(f"{folder} holds no adapter: {CONFIG} can't be read ({error.strerror})") from None
-    except ValueError as error:
-        raise LLMBuilderError(f"{path} is no valid JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise LLMBuilderError(f"{path}: peft_type is {kind!r}; only LORA adapters can be read")
-    unknown = [key for key, value in config.items() if value and key not in KNOWN_KEYS]
-    if unknown:
-        raise LLMBuilderError(f"{path}: {', '.join(unknown)} is not yet available")
-    start = config.get("init_lora_weights", True)
-    if start not in HARMLESS_STARTS:
-        raise LLMBuilderError(
-            f"{path}: init_lora_weights='{start}' changes the base's weights, and is not yet available"
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or not config[key] > 0:
-            raise LLMBuilderError(f"{path}: {key} should be a positive number, and is {config.get(key)!r}")
-    return config
-
-
 def _sort_header(path: Path) -> None:
     """Equal adapters are equal files: safetensors writes the metadata in any order."""
     with path.open("r+b") as file:
@@ -333,18 +295,9 @@ def _sort_header(path: Path) -> None:
         file.write(text)
 
 
-def _token_indices(config: Mapping[str, Any], folder: Path) -> list[int]:
-    """The tokens whose rows train: PEFT's list, or its lists by layer where they are equal."""
-    given = config.get("trainable_token_indices") or []
-    lists = list(given.values()) if isinstance(given, dict) else [given]
-    if any(indices != lists[0] for indices in lists):
-        raise LLMBuilderError(f"{folder / CONFIG}: trainable_token_indices that differ by layer are not yet available")
-    return list(lists[0])
-
-
 def _grow(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     """Give the model the tokens that the adapter has rows of, and their tokenizer."""
-    indices = _token_indices(config, folder)
+    indices = token_indices(config, folder)
     if not indices:
         return
     if (folder / "tokenizer.json").is_file():
@@ -390,11 +343,6 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return (weight.shape[1], weight.shape[0]) if isinstance(layer, Conv1D | nn.Embedding) else tuple(weight.shape)  # type: ignore[return-value]
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, fits the end of the path."""
-    return next((v for key, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
 
 
 def _only(names: Mapping[str, Any]) -> str | None:
