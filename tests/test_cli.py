@@ -322,6 +322,34 @@ def test_an_interrupted_run_says_how_to_go_on_and_then_ends_as_if_never_interrup
     )
 
 
+class Struck:
+    """Presses Ctrl-C while it is destroyed, where Python drops the exception."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("then", ["goes on", "fails"])
+def test_control_c_that_loading_drops_or_makes_an_error_of_ends_every_command(home, tmp_path, monkeypatch, then):
+    load = lb.models.load_model
+
+    def struck(path):
+        Struck()
+        if then == "fails":
+            raise ImportError("half of it is there")
+        return load(path)
+
+    monkeypatch.setattr("llmbuilder.models.load_model", struck)
+    assert finetune(home, "--output", f"{tmp_path}/run", *flags(RUN_SETTINGS)) == 130
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    words = ["--model", f"{home}/model"]
+    for command in (["generate", "--prompt", "a"], ["evaluate", "--dataset", f"{home}/short.txt"], ["chat"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        assert main([*command, *words]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_resumed_run_refuses_a_changed_setting_by_name(home, run, capfd):
     words = ["finetune", "model", "--model", f"{home}/model", "--dataset", f"{home}/text.txt", "--output", str(run)]
     assert main([*words, *flags(RUN_SETTINGS | {"learning_rate": 0.02}), "--resume"]) == 1

@@ -71,7 +71,12 @@ def _dispatch(words: list[str]) -> int:
     _check_flags(rest, parser)
     args = parser.parse_args(rest)
     _check_places(args, parser)
-    return int(module.run(args))
+    if command == "finetune model":  # a part of it is training
+        return int(module.run(args))
+    from .interrupts import heard
+
+    with heard():
+        return int(module.run(args))
 
 
 def _no_command(words: list[str]) -> int:

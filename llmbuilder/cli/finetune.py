@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..finetune.settings import rows
+from .interrupts import heard
 from .settings import add_settings, read_config
 
 if TYPE_CHECKING:
@@ -38,31 +39,32 @@ def run(args: Namespace) -> int:
     if config.output_dir is None:
         raise ConfigError("--output is missing: name the folder that the run shall write")
 
-    from ..data import load_dataset
-    from ..finetune import FineTuner
-    from ..models import load_model
-    from .memory import keep_freed_memory
-    from .model import warn_of_slow_operators
+    with heard():  # train() listens itself
+        from ..data import load_dataset
+        from ..finetune import FineTuner
+        from ..models import load_model
+        from .memory import keep_freed_memory
+        from .model import warn_of_slow_operators
 
-    keep_freed_memory()
-    warn_of_slow_operators()
-    dataset = load_dataset(args.dataset, config)
-    val_dataset, general_dataset, base_val_dataset = (
-        None if path is None else load_dataset(path, config)
-        for path in (args.val_dataset, args.general_dataset, args.base_val_dataset)
-    )
-    model = load_model(args.model)
-    tuner = FineTuner(
-        model,
-        dataset,
-        val_dataset,
-        config,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        general_dataset=general_dataset,
-        base_val_dataset=base_val_dataset,
-        continue_from=args.continue_from,
-    )
+        keep_freed_memory()
+        warn_of_slow_operators()
+        dataset = load_dataset(args.dataset, config)
+        val_dataset, general_dataset, base_val_dataset = (
+            None if path is None else load_dataset(path, config)
+            for path in (args.val_dataset, args.general_dataset, args.base_val_dataset)
+        )
+        model = load_model(args.model)
+        tuner = FineTuner(
+            model,
+            dataset,
+            val_dataset,
+            config,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            general_dataset=general_dataset,
+            base_val_dataset=base_val_dataset,
+            continue_from=args.continue_from,
+        )
     for data in (dataset, val_dataset, general_dataset, base_val_dataset):
         if data is not None:
             print(data.report)
