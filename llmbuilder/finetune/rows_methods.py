@@ -151,8 +151,9 @@ class MethodRows(BaseModel):
             given["adaptation_method"] = given.get("adaptation_method") or "domain"
         if given.get("adaptation_method") == "domain" and given.get("domain_weight") is None:
             given["domain_weight"] = DOMAIN_WEIGHT
-        if given.get("style_adaptation") and given.get("use_lora") is not False:
-            given["lora_target_modules"] = given.get("lora_target_modules") or "attention"
+        style = given.get("style_adaptation") and given.get("use_lora") is not False
+        if style and given.get("lora_target_modules") is None:
+            given["lora_target_modules"] = "attention"
         if given.get("shared_encoder") is False and given.get("use_lora") is None:
             given["use_lora"] = True
         if (given.get("code_specific_loss") or given.get("syntax_aware_training")) and not given.get("code_language"):

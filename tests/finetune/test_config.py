@@ -86,6 +86,10 @@ def test_a_bad_value_is_refused_with_its_name_and_what_was_given(name, bad):
     assert name in text and repr(bad) in text and "should" in text and "\n" not in text
 
 
+def test_empty_targets_are_refused_where_others_would_be_implied_too():
+    assert "lora_target_modules=[] should name" in refusal(style_adaptation=True, lora_target_modules=[])
+
+
 def test_an_empty_output_dir_is_not_the_folder_one_stands_in():
     with pytest.raises(ConfigError, match="output_dir='' should name a folder"):
         FineTuningConfig(output_dir="")
