@@ -87,7 +87,7 @@ def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int
     rows = min(ROWS, -(-tokens // length))
     generator = torch.Generator().manual_seed(seed)
     kept: list[Sample] = []
-    template, made, empty, started = template_of(model, length), 0, 0, time.perf_counter()
+    template, made, empty, full, started = template_of(model, length), 0, 0, False, time.perf_counter()
     ends = {*end_ids(model), *range(known, _vocabulary(model))}
     while True:
         before = made
@@ -100,10 +100,13 @@ def make_texts(model: nn.Module, known: int, tokens: int, length: int, seed: int
             if _teaches(text, start):
                 kept.append((text, start))
                 made += len(text)
-            if len(text) < len(ids) or made > tokens - 2:
-                return _flat(kept)
+            full = len(text) < len(ids) or made > tokens - 2
+            if full:
+                break
         if made and not before:
             _announce(tokens, (time.perf_counter() - started) * tokens / made, where)
+        if full:
+            return _flat(kept)
         empty += not made
         if empty == TRIES:
             why = "ends its texts before they begin" if template is None else "asks nothing by its chat template"

@@ -176,7 +176,7 @@ def test_without_base_data_the_base_task_is_general_text_of_its_own(
     make_gpt: Make, make_examples: Make, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLMBUILDER_CACHE", str(tmp_path))
-    config = make_config(validation_on_base_tasks=True, general_tokens=640)  # more than one round makes
+    config = make_config(validation_on_base_tasks=True, general_tokens=64)
     with pytest.warns(UserWarning, match="sampled from the base model"):
         tuner = FineTuner(make_gpt(), make_examples(8), make_examples(2), config)
     assert tuner.train().forgetting is not None
