@@ -295,6 +295,24 @@ def test_a_second_run_needs_resume_or_overwrite(home, run, capfd):
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
+def test_what_a_run_reads_is_not_overwritten_by_it(home, tmp_path, capfd):
+    output = tmp_path / "run"
+    assert finetune(home, "--output", str(output), *"--no-use-lora --max-steps 1 --max-seq-length 32".split()) == 0
+    words = [
+        "finetune",
+        "model",
+        "--model",
+        f"{output}/model",
+        "--dataset",
+        f"{home}/text.txt",
+        "--output",
+        str(output),
+    ]
+    told = refused(capfd, [*words, "--use-lora", "--overwrite"], 1)
+    assert f"--model {output}/model lies in {output}, which --overwrite replaces" in told
+    assert (output / "model" / "config.json").exists() and (output / "results.json").exists()
+
+
 def test_an_interrupted_run_says_how_to_go_on_and_then_ends_as_if_never_interrupted(
     home, run, tmp_path, capfd, monkeypatch
 ):

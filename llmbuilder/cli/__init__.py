@@ -73,9 +73,9 @@ def _dispatch(words: list[str]) -> int:
     _check_places(args, parser)
     if command == "finetune model":  # a part of it is training
         return int(module.run(args))
-    from .interrupts import heard
+    from ..finetune.interrupt import interruptible
 
-    with heard():
+    with interruptible():
         return int(module.run(args))
 
 

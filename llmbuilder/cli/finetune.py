@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..finetune.interrupt import interruptible
 from ..finetune.settings import rows
-from .interrupts import heard
 from .settings import add_settings, read_config
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ def run(args: Namespace) -> int:
     config = read_config(args)
     if config.output_dir is None:
         raise ConfigError("--output is missing: name the folder that the run shall write")
-
-    with heard():  # train() listens itself
+    with interruptible():  # train() listens itself
+        if args.overwrite:
+            _spare_inputs(args, config.output_dir)
         from ..data import load_dataset
         from ..finetune import FineTuner
         from ..models import load_model
@@ -72,6 +73,18 @@ def run(args: Namespace) -> int:
     print(f"Everything is in {config.output_dir}. Chat with the result:")
     print(f"  {_chat_command(args.model, config.output_dir)}")
     return 0
+
+
+def _spare_inputs(args: Namespace, output: Path) -> None:
+    """Raise ConfigError where the run would read what it overwrites: a model in its own folder, say."""
+    from ..finetune.folder import CONTENT
+
+    for name in ("model", "dataset", "val_dataset", "general_dataset", "base_val_dataset"):
+        given = getattr(args, name)
+        path = Path(given or ".").resolve()
+        if given is not None and any(path.is_relative_to((output / content).resolve()) for content in CONTENT):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {given} lies in {output}, which --overwrite replaces: give another --output")
 
 
 def _summary(results: "Results") -> str:

@@ -9,10 +9,12 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Inside, the call that it gives raises KeyboardInterrupt where Ctrl-C was pressed and nobody heard of it.
+    """Inside, the call that it gives raises KeyboardInterrupt where Ctrl-C was pressed and nobody heard of it; so does
+    its end.
 
     Python raises KeyboardInterrupt wherever the main thread is just then; in a destructor or in a callback of the
-    garbage collector it is printed and dropped, and the run would go on. A program's own handler stays as it is.
+    garbage collector it is printed and dropped, and the run would go on; a library may make another error of it. A
+    program's own handler stays as it is.
     """
     pressed = False
 
@@ -33,6 +35,10 @@ def interruptible() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, press)
     try:
         yield check
+        check()
+    except Exception:
+        check()
+        raise
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -172,18 +172,20 @@ class FineTuner:
             self._start()
             log = MetricsLog(self.folder.path if self.folder else None, self.progress.step)
             try:
-                with interruptible() as check, Display(self.total_steps, self.progress.step) as display:
-                    for window in self._windows():
-                        row = self._step(window)
-                        if self._evaluation_is_due():
-                            row |= self._evaluate_step()
-                        log.add(row)
-                        display.step(row)
-                        if self._save_is_due():
-                            log.sync()
-                            self._save()
-                        check()
-                return self._finish(log.rows)
+                with interruptible() as check:
+                    with Display(self.total_steps, self.progress.step) as display:
+                        for window in self._windows():
+                            row = self._step(window)
+                            if self._evaluation_is_due():
+                                row |= self._evaluate_step()
+                            log.add(row)
+                            display.step(row)
+                            if self._save_is_due():
+                                log.sync()
+                                self._save()
+                            check()
+                    results = self._finish(log.rows)
+                return results
             except KeyboardInterrupt:
                 warnings.warn(f"interrupted after step {self.progress.step}{self._last_checkpoint()}", stacklevel=2)
                 raise
