@@ -297,7 +297,9 @@ def test_a_second_run_needs_resume_or_overwrite(home, run, capfd):
 
 def test_what_a_run_reads_is_not_overwritten_by_it(home, tmp_path, capfd):
     output = tmp_path / "run"
-    assert finetune(home, "--output", str(output), *"--no-use-lora --max-steps 1 --max-seq-length 32".split()) == 0
+    assert (
+        finetune(home, "--output", str(output), *["--no-use-lora", "--max-steps", "1", "--max-seq-length", "32"]) == 0
+    )
     words = [
         "finetune",
         "model",
