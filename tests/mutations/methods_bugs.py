@@ -6,6 +6,7 @@ EWC, FISHER, REPLAY, L2 = (f"methods/test_{name}.py" for name in ("ewc", "fisher
 DISTILL, DOMAIN, FREEZE = (f"methods/test_{name}.py" for name in ("distill", "domain", "freeze"))
 PROGRESSIVE, TASKS, BASE = (f"methods/test_{name}.py" for name in ("progressive", "multitask", "base_task"))
 GENERAL, OWN_WORDS, RESUME = "methods/test_general.py", "methods/test_own_words.py", "finetune/test_resume.py"
+FOLDER, END = "finetune/test_folder.py", "finetune/test_end.py"
 PAST, TOGETHER = "finetune/test_past.py", "methods/test_together.py"
 
 
@@ -84,6 +85,26 @@ BUGS = [
         DISTILL,
         "another_base",
     ),
+    of_past(
+        "someone's folder resumed",
+        "if held and not self._is_marked():",
+        "if held and overwrite and not self._is_marked():",
+        "is_spared",
+        FOLDER,
+        file="folder",
+    ),
+    of_past("unfinished run gone on from", 'not (folder / "results.json").exists()', "False", "killed_while", END),
+    of_past("adapter beside any base", "base and past.base and base != past.base", "False", "another_base", END),
+    Bug(
+        "domain",
+        "number of texts as sampled",
+        "methods/domain.py",
+        "self._general = run.sources.get(SOURCE, ())",
+        "self._general = list(run.sources.get(SOURCE, ()))",
+        DOMAIN,
+        "of_a_checkpoint",
+    ),
+    of_ewc("weights under the names of wrapped heads", "with heads_aside(run.model):", "if True:", "own_output", TASKS),
     of_past(
         "any frozen base on resume",
         ' or values["base"] != self._base:',
