@@ -53,7 +53,7 @@ def check_examples(
         what: to call it in errors.
 
     Returns:
-        A hash of all token ids and labels, by which a resumed run knows its data.
+        A hash of all token ids, labels and weights, by which a resumed run knows its data.
 
     Raises:
         LLMBuilderError: no data set, or one without examples or without targets; an example that is none, or is too
@@ -69,11 +69,14 @@ def check_examples(
         raise LLMBuilderError(f"the {what} has no examples")
     digest, longest, where, targets = hashlib.sha256(), 0, 0, 0
     for index in range(len(dataset)):
-        pair = _as_array(dataset[index], f"the {what}: example {index}")
+        example = dataset[index]
+        pair = _as_array(example, f"the {what}: example {index}")
         if pair.shape[1] > longest:
             longest, where = pair.shape[1], index
         _check_tokens(pair, vocabulary, f"the {what}: example {index}")
         digest.update(pair.tobytes())
+        if "weights" in example:
+            digest.update(np.asarray(example["weights"], np.float64).tobytes())
         targets += int((pair[1, 1:] != IGNORED).sum())
     if not targets:
         raise LLMBuilderError(

@@ -93,9 +93,13 @@ class General:
         path = cache_folder() / f"{self.label}-{self._key(run)}.safetensors"
         try:
             tensors = load_file(path)
-            return Texts(*(tensors[name] for name in PARTS))
-        except (OSError, SafetensorError, KeyError):  # not there, or damaged: make it (again)
-            texts = make_texts(run.model, self._known, self.tokens, self.length, run.seed, str(cache_folder()))
+            kept = Texts(*(tensors[name] for name in PARTS))
+        except (OSError, SafetensorError, KeyError):
+            kept = None
+        if kept is not None and kept.are_whole():
+            return kept
+        # not there, or damaged: make it (again)
+        texts = make_texts(run.model, self._known, self.tokens, self.length, run.seed, str(cache_folder()))
         try:
             with replacing(path) as temporary:
                 save_file(texts.tensors(), temporary)

@@ -56,6 +56,16 @@ class Texts(Sequence[Example]):
                 tokens -= len(ids)
         return _flat(kept)
 
+    def are_whole(self) -> bool:
+        """Whether there are texts, one behind the other, each with something to learn, as ``make_texts`` leaves it."""
+        lengths = self.bounds.diff()
+        return (
+            len(self) == len(lengths) > 0
+            and int(self.bounds[0]) == 0
+            and int(self.bounds[-1]) == len(self.ids)
+            and bool((self.starts >= 0).all() and (lengths > self.starts.clamp(min=1)).all())
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, by name."""
         return {"ids": self.ids, "bounds": self.bounds, "starts": self.starts}

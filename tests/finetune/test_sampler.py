@@ -92,13 +92,15 @@ def test_pin_memory_reaches_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [False, True]
 
 
-def test_the_hash_sees_every_token_and_label() -> None:
+def test_the_hash_sees_every_token_label_and_weight() -> None:
     data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
     other_label = [data[0], {"input_ids": [4], "labels": [4]}]
     other_cut = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, -100]}]
-    hashes = [check_examples(examples, 8) for examples in (data, list(data), other_label, other_cut, data[::-1])]
+    weighed = [[{**data[0], "weights": [1.0, 1.0, weight]}, data[1]] for weight in (1.0, 0.5)]
+    others = [other_label, other_cut, data[::-1], *weighed]
+    hashes = [check_examples(examples, 8) for examples in (data, list(data), *others)]
     assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 4
+    assert len(set(hashes)) == 1 + len(others)
 
 
 def test_tokens_that_the_model_does_not_have_are_refused() -> None:

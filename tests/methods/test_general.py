@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,11 +129,23 @@ def test_no_text_is_longer_than_an_example_may_be() -> None:
     assert max(map(len, rows(run))) == 9 and sum(map(len, rows(run))) > 480
 
 
-def test_a_damaged_file_is_made_again(cache: Path) -> None:
+@pytest.mark.parametrize("damage", ["rubbish", "no texts", "a bound beyond the end", "nothing to learn", "starts lost"])
+def test_a_damaged_file_is_made_again(cache: Path, damage: str) -> None:
     with pytest.warns(UserWarning, match="sampled"):
         _, first = prepared(make_model())
     (file,) = cache.iterdir()
-    file.write_bytes(b"rubbish")
+    parts = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    if damage == "no texts":
+        parts |= {"bounds": torch.zeros(1, dtype=torch.int64), "starts": torch.zeros(0, dtype=torch.int64)}
+    elif damage == "a bound beyond the end":
+        parts["bounds"][-1] += 90
+    elif damage == "nothing to learn":
+        parts["starts"][0] = 99
+    else:
+        parts["starts"] = parts["starts"][1:].clone()
+    save_file(parts, file)
+    if damage == "rubbish":
+        file.write_bytes(b"rubbish")
     with pytest.warns(UserWarning, match="sampled"):
         _, again = prepared(make_model())
     assert rows(again) == rows(first)
