@@ -47,3 +47,24 @@ def test_a_program_s_own_handler_stays() -> None:
         assert heard == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_that_a_library_makes_of_ctrl_c_ends_the_run_as_ctrl_c_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last step, while the results are written; the run can be resumed."""
+
+    def draw(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("invalid bounding box") from None
+
+    monkeypatch.setattr("llmbuilder.finetune.tuner.draw_loss", draw)
+    config = crashing.make_config(tmp_path / "run")
+    data = crashing.make_data(22, 1), crashing.make_data(5, 2)
+    with pytest.warns(UserWarning, match="interrupted after step 12"), pytest.raises(KeyboardInterrupt):
+        FineTuner(crashing.make_model(), *data, config).train()
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert FineTuner(crashing.make_model(), *data, config, resume=True).train().steps == 12
