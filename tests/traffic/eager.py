@@ -5,6 +5,7 @@ what a GPU's eager kernels do at least, so it favours eager code: library produc
 """
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,10 +22,11 @@ class EagerTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if not (_is_view(function) or _allocates(function)):
+        read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.numel()}
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if not (_is_view(function, read.values(), made) or _allocates(function)):
             self.operators.append(function.name().removeprefix("aten::"))
-            read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.numel()}
-            for tensor in (*read.values(), *(t for t in tree_leaves(result) if isinstance(t, torch.Tensor))):
+            for tensor in (*read.values(), *made):
                 self.moved[_name(tensor)] += tensor.numel() * tensor.element_size()
         return result
 
@@ -33,10 +35,12 @@ def _name(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(tensor.shape))  # a transposed view is the same matrix
 
 
-def _is_view(function) -> bool:
-    returns = function._schema.returns
-    aliases = [r.alias_info for r in returns if r.alias_info is not None]
-    return function.name() == "aten::detach" or (bool(aliases) and not any(a.is_write for a in aliases))
+def _is_view(function, read: Iterable[torch.Tensor], made: Sequence[torch.Tensor]) -> bool:
+    """Whether all that it returns lies in memory that it was given, and it writes none of it: whatever its schema calls
+    that (``detach`` and ``_unsafe_view`` own up to no alias)."""
+    writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
+    there = {tensor.untyped_storage().data_ptr() for tensor in read}
+    return not writes and bool(made) and all(tensor.untyped_storage().data_ptr() in there for tensor in made)
 
 
 def _allocates(function) -> bool:
